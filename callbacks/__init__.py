@@ -1,0 +1,12 @@
+"""Lightning callbacks: one line added to a trainer makes its network sparse.
+
+The classes work in a `pytorch_lightning` and in a `lightning.pytorch` Trainer.
+"""
+
+from .gradual import GMP, LAMP, GlobalMP
+from .oneshot import OneShot
+from .report import SparsityReport
+from .sparsify import Sparsify
+from .static import ConstantMask, StaticMask
+
+__all__ = ["GMP", "LAMP", "ConstantMask", "GlobalMP", "OneShot", "Sparsify", "SparsityReport", "StaticMask"]

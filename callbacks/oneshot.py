@@ -1,0 +1,33 @@
+"""One-shot pruning: once, and then training goes on."""
+
+from sparsity.distributions import Distribution
+from sparsity.schedules import Once, Time
+from sparsity.scores import Score
+from sparsity.sparsifier import Sparsifier
+from sparsity.targets import Targets
+
+from .sparsify import Sparsify
+
+
+class OneShot(Sparsify):
+    """Prunes once, before the first step if not told otherwise, and keeps the masks.
+
+    Args:
+        sparsity: fraction of zeros over all targets, in [0, 1).
+        at: when: optimizer steps (100), a fraction of training (0.5) or epochs ("5ep").
+        score: how much each weight matters; `Magnitude()` if not given.
+        distribution: how many weights each layer keeps; `Global()` if not given.
+        pattern: "unstructured", "2:4" (quoted), "4x4" or "channel".
+        targets: which parameters; all Linear and convolution weights if not given.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        at: Time = 0,
+        score: Score | None = None,
+        distribution: Distribution | None = None,
+        pattern: str | int = "unstructured",
+        targets: Targets | None = None,
+    ) -> None:
+        super().__init__(Sparsifier(sparsity, score, distribution, pattern, Once(at), targets))

@@ -1,0 +1,178 @@
+"""Sparsify: Lightning's hooks, turned into a Sparsifier's three verbs."""
+
+import math
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
+from torch.nn.parameter import Parameter
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from sparsity import Horizon, InputError, Sparsifier, masks
+from sparsity.targets import clean
+
+
+class Sparsify(Callback):
+    """Trains with a Sparsifier. Every method is a subclass that only builds one.
+
+    Masks are renewed and gradients masked in `on_before_optimizer_step`, after unscaling and before clipping.
+    Weights and optimizer state are zeroed in the optimizer's post-step hook, so once per real step: not on the
+    micro-batches of an accumulation, and not where a gradient scaler skips the step.
+
+    Steps are those of the optimizer that holds most of the target weights. The schedule, the masks (one bit per
+    weight) and the step are in the checkpoint; the model's own `state_dict` keeps its keys and its zeros.
+
+    Logs `sparsity/global` (also in the progress bar), `sparsity/target`, and per layer on TensorBoard.
+    """
+
+    def __init__(self, sparsifier: Sparsifier) -> None:
+        self.sparsifier = sparsifier
+        self.step = 0
+        self._attached = False
+        self._clock: Optimizer | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._logged: int | None = None
+        self._achieved = 0.0
+
+    @property
+    def state_key(self) -> str:
+        """One key for all methods, so that a run can be resumed with another one."""
+        return "Sparsify"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Averaging callbacks (EMA, SWA) put dense weights into the model: the masks have to come after them.
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        later = [self, *trainer.checkpoint_callbacks]
+        trainer.callbacks = [each for each in callbacks if each not in later] + later  # type: ignore[attr-defined]
+        self._attached = False
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit" and self.state_key not in checkpoint.get("callbacks", {}):
+            raise InputError(
+                "the checkpoint to resume from holds no masks: it was saved without a sparsity callback. To prune a "
+                "trained model, load its weights and call fit without ckpt_path (or use OneShot); to keep a pruned "
+                "one sparse, do the same with ConstantMask"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._attach(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._attached:  # strategies that restore late, after the model is set up
+            self._attach(trainer, pl_module)
+        if trainer.global_step == 0:
+            self.step = 0
+        # The optimizer's state was restored since the masks were attached.
+        self.sparsifier.apply()
+        self._logged = None
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.sparsifier.update(self.step)
+        if optimizer is self._clock:
+            self.step += 1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.barebones:
+            return
+        if self._logged != self.sparsifier.renewed:
+            self._logged, self._achieved = self.sparsifier.renewed, 1 - self.sparsifier.density()
+            self._log_layers(trainer)
+        pl_module.log("sparsity/global", self._achieved, prog_bar=True)
+        pl_module.log("sparsity/target", self.sparsifier.target(max(0, self.step - 1)))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.sparsifier.apply()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._attached:  # outside of fit the weights may be a checkpoint's, with other masks
+            self.sparsifier.apply()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.sparsifier.apply()
+        due = self.sparsifier.last_renewal()
+        if self.sparsifier.renewed < due:
+            rank_zero_warn(
+                f"training ended at sparsity {1 - self.sparsifier.density():.4f}, before the schedule reached "
+                f"{self.sparsifier.sparsity}: its last renewal was due at step {due}, training took {self.step} steps"
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._remove_hooks()
+        self._attached = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove_hooks()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self._attached:
+            return
+        # An averaging callback may have put the average in place of the model's own weights.
+        state = checkpoint["state_dict"]
+        for name, value in state.items():
+            mask = self.sparsifier.masks.get(clean(name))
+            if mask is not None and bool(value[~mask.to(value.device)].any()):
+                state[name] = torch.where(mask.to(value.device), value, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "sparsifier": self.sparsifier.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.sparsifier.detach()
+        self.sparsifier.load_state_dict(state_dict["sparsifier"])
+        self.step = state_dict["step"]
+        self._attached = False
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove_hooks()
+        self.sparsifier.attach(pl_module, *trainer.optimizers, horizon=_horizon(trainer), seed=_seed())
+        self._clock = _main_optimizer(trainer.optimizers, self.sparsifier.weights().values())
+        self._hooks = [
+            optimizer.register_step_post_hook(lambda *_: self.sparsifier.apply()) for optimizer in trainer.optimizers
+        ]
+        self._attached = True
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @rank_zero_only
+    def _log_layers(self, trainer: Trainer) -> None:
+        kept = masks.counts(self.sparsifier.masks)
+        for logger in trainer.loggers:
+            if is_tensorboard(logger):
+                layers = {
+                    f"sparsity/layer/{n}": 1 - kept[n] / mask.numel() for n, mask in self.sparsifier.masks.items()
+                }
+                logger.log_metrics(layers, step=trainer.global_step)
+
+
+def is_tensorboard(logger: object) -> bool:
+    """Whether a logger is a TensorBoardLogger, of either Lightning package."""
+    return any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__)
+
+
+def _horizon(trainer: Trainer) -> Horizon:
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    batches, steps = trainer.num_training_batches, trainer.estimated_stepping_batches
+    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else None
+    return Horizon(int(steps) if math.isfinite(steps) and steps >= 0 else None, per_epoch)
+
+
+def _seed() -> int:
+    # `seed_everything` leaves its seed in the environment, where the processes of all ranks find it.
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def _main_optimizer(optimizers: list[Optimizer], weights: Iterable[Parameter]) -> Optimizer | None:
+    """The optimizer that holds most of the target weights: its steps are the ones that are counted."""
+    sizes = {id(weight): weight.numel() for weight in weights}
+    held = [sum(sizes.get(id(p), 0) for group in o.param_groups for p in group["params"]) for o in optimizers]
+    return optimizers[held.index(max(held))] if optimizers else None

@@ -1,0 +1,223 @@
+"""Distributions: how many weights each layer keeps. `(scores, density) -> {name: count}`, summing to the budget.
+
+Uniform, Uniform+ and ERK look only at shapes, Global also at values; all have the one signature.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from sparsity.errors import InputError
+from sparsity.ops import kth_largest
+
+Shapes = Mapping[str, tuple[int, ...]]
+Counts = dict[str, int]
+
+
+def budget(shapes: Shapes, density: float) -> int:
+    """The number of weights kept at this density: the nearest integer to density * (number of weights).
+
+    Raises `InputError` if the density is not in (0, 1] or nothing would be kept.
+    """
+    if not 0 < density <= 1:
+        raise InputError(f"density must lie in (0, 1], got {density}")
+    total = sum(_sizes(shapes).values())
+    kept = round(density * total)
+    if kept == 0:
+        raise InputError(_infeasible(density, "it keeps none", 1, total))
+    return kept
+
+
+def uniform(shapes: Shapes, density: float) -> Counts:
+    """The same density in every layer, to the nearest whole weight, and at least one weight per layer."""
+    return _whole({name: density * size for name, size in _sizes(shapes).items()}, shapes, density)
+
+
+def uniform_plus(shapes: Shapes, density: float) -> Counts:
+    """Uniform, but a first convolution stays dense and the last layer keeps at least a fifth of its weights.
+
+    Gale et al., "The state of sparsity in deep neural networks" (arXiv 1902.09574), as in the baselines of LAMP.
+    """
+    sizes, kept = _sizes(shapes), budget(shapes, density)
+    total, first, last = sum(sizes.values()), next(iter(sizes)), next(reversed(sizes))
+    held = {first: sizes[first]} if len(shapes[first]) == 4 and first != last else {}
+    if kept - sum(held.values()) < 0.2 * (total - sum(held.values())):
+        held[last] = math.ceil(0.2 * sizes[last])
+    rest = {name: size for name, size in sizes.items() if name not in held}
+    room = kept - sum(held.values())
+    if room < len(rest):
+        least = sum(held.values()) + len(rest)
+        raise InputError(_infeasible(density, "uniform+ keeps more in the first and last layer", least, total))
+    share = {name: held.get(name, room * size / max(1, sum(rest.values()))) for name, size in sizes.items()}
+    return _whole(share, shapes, density)
+
+
+def erk(shapes: Shapes, density: float) -> Counts:
+    """Erdős-Rényi-Kernel: a layer keeps weights in proportion to the sum of its axes, at most all of them.
+
+    Mocanu et al. (arXiv 1707.04780) for matrices, Evci et al., RigL (arXiv 1911.11134) with kernel axes. Layers
+    whose share exceeds their size stay dense and the others share what is left.
+    """
+    sizes, kept = _sizes(shapes), budget(shapes, density)
+    dense: set[str] = set()
+    while True:
+        axes = sum(sum(shape) for name, shape in shapes.items() if name not in dense)
+        room = kept - sum(sizes[name] for name in dense)
+        share = {
+            name: float(sizes[name]) if name in dense else room * sum(shape) / axes for name, shape in shapes.items()
+        }
+        full = {name for name in shapes if name not in dense and share[name] > sizes[name]}
+        if not full:
+            return _whole(share, shapes, density)
+        dense |= full
+
+
+class Distribution:
+    """How many weights each layer keeps. Methods override `__call__`."""
+
+    def __call__(self, scores: Mapping[str, Tensor], density: float) -> Counts:
+        """The kept count per layer, summing exactly to `budget`; raises `InputError` where it cannot be met."""
+        raise NotImplementedError(f"{type(self).__name__} defines no distribution")
+
+
+class Uniform(Distribution):
+    """The same density everywhere (`uniform`)."""
+
+    def __call__(self, scores: Mapping[str, Tensor], density: float) -> Counts:
+        return uniform(_shapes(scores), density)
+
+
+class UniformPlus(Distribution):
+    """Uniform with a dense first convolution and a denser last layer (`uniform_plus`)."""
+
+    def __call__(self, scores: Mapping[str, Tensor], density: float) -> Counts:
+        return uniform_plus(_shapes(scores), density)
+
+
+class ERK(Distribution):
+    """Erdős-Rényi-Kernel (`erk`)."""
+
+    def __call__(self, scores: Mapping[str, Tensor], density: float) -> Counts:
+        return erk(_shapes(scores), density)
+
+
+class Global(Distribution):
+    """The highest scores of the whole model, whatever layer they are in; among equals, the first layer's.
+
+    `minimum` is the least each layer keeps, as a fraction of all target weights (Global MP's minimum threshold,
+    arXiv 2209.14624); smaller layers stay dense. Layers that fall below are held at it and the others share what is
+    left, until none falls below. The authors' code rescales the layers' sparsities in a loop instead, and may end
+    off the budget.
+    """
+
+    def __init__(self, minimum: float = 0.0) -> None:
+        if not 0 <= minimum < 1:
+            raise InputError(f"minimum must lie in [0, 1), a fraction of all target weights; got {minimum}")
+        self.minimum = minimum
+
+    def __call__(self, scores: Mapping[str, Tensor], density: float) -> Counts:
+        sizes = _sizes(_shapes(scores))
+        kept, total = budget(_shapes(scores), density), sum(sizes.values())
+        least = {name: min(size, math.ceil(self.minimum * total)) for name, size in sizes.items()}
+        if sum(least.values()) > kept:
+            raise InputError(_infeasible(density, f"minimum={self.minimum} keeps more", sum(least.values()), total))
+        counts: Counts = {}
+        while True:
+            free = _Some(scores, [name for name in scores if name not in counts])
+            found = _highest(free, kept - sum(counts.values()))
+            low = {name: least[name] for name, count in found.items() if count < least[name]}
+            if not low:
+                return {name: (counts | found)[name] for name in scores}
+            counts |= low
+
+
+class PerLayer(Distribution):
+    """An explicit map from globs to sparsities; a layer takes the first glob that matches it, or stays dense.
+
+    The map holds at the method's final sparsity, which has to be the map's own. On the way there every layer is the
+    same fraction of its way from dense, so that the global count is met at each step.
+    """
+
+    def __init__(self, sparsities: dict[str, float]) -> None:
+        for glob, sparsity in sparsities.items():
+            if not 0 <= sparsity < 1:
+                raise InputError(f"the sparsity of '{glob}' must lie in [0, 1), got {sparsity}")
+        self.sparsities = sparsities
+
+    def __call__(self, scores: Mapping[str, Tensor], density: float) -> Counts:
+        shapes = _shapes(scores)
+        sizes, kept = _sizes(shapes), budget(shapes, density)
+        zeros = {name: self._sparsity(name) * size for name, size in sizes.items()}
+        self._check_globs(list(sizes))
+        total = sum(sizes.values())
+        if (total - kept) - sum(zeros.values()) > 0.5:
+            raise InputError(_infeasible(density, "the map keeps more", total - sum(zeros.values()), total))
+        way = min(1.0, (total - kept) / sum(zeros.values())) if kept < total else 0.0
+        return _whole({name: size - way * zeros[name] for name, size in sizes.items()}, shapes, density)
+
+    def _sparsity(self, name: str) -> float:
+        return next((value for glob, value in self.sparsities.items() if fnmatchcase(name, glob)), 0.0)
+
+    def _check_globs(self, names: list[str]) -> None:
+        for glob in self.sparsities:
+            if not any(fnmatchcase(name, glob) for name in names):
+                raise InputError(f"'{glob}' in the per-layer map matches no target; the targets are {names}")
+
+
+class _Some:
+    """Some of the scores, computed anew at each iteration and never held together."""
+
+    def __init__(self, scores: Mapping[str, Tensor], names: list[str]) -> None:
+        self.scores, self.names = scores, names
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.scores[name] for name in self.names)
+
+
+def _highest(scores: _Some, count: int) -> Counts:
+    """How many of the `count` highest scores lie in each tensor; among equals, the first."""
+    if count == 0:
+        return dict.fromkeys(scores.names, 0)
+    threshold = kth_largest(scores, count)
+    above, equal = {}, {}
+    for name, score in zip(scores.names, scores, strict=True):
+        above[name] = int((score > threshold.to(score.device)).count_nonzero())
+        equal[name] = int((score == threshold.to(score.device)).count_nonzero())
+    missing = count - sum(above.values())
+    for name in scores.names:
+        taken = min(equal[name], missing)
+        above[name] += taken
+        missing -= taken
+    return above
+
+
+def _whole(share: Mapping[str, float], shapes: Shapes, density: float) -> Counts:
+    """The shares as whole counts of at least one, summing to the budget, by the largest remainders."""
+    sizes, kept = _sizes(shapes), budget(shapes, density)
+    if kept < len(sizes):
+        raise InputError(_infeasible(density, "it empties layers", len(sizes), sum(sizes.values())))
+    counts = {name: max(1, math.floor(value)) for name, value in share.items()}
+    by_remainder = sorted(share, key=lambda name: math.floor(share[name]) - share[name])
+    while missing := kept - sum(counts.values()):
+        step, order = (1, by_remainder) if missing > 0 else (-1, by_remainder[::-1])
+        able = [name for name in order if 1 <= counts[name] + step <= sizes[name]]
+        for name in able[: abs(missing)]:
+            counts[name] += step
+    return counts
+
+
+def _shapes(scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(score.shape) for name, score in scores.items()}
+
+
+def _sizes(shapes: Shapes) -> dict[str, int]:
+    return {name: math.prod(shape) for name, shape in shapes.items()}
+
+
+def _infeasible(density: float, reason: str, least: float, total: int) -> str:
+    return (
+        f"sparsity {1 - density:.6g} cannot be met over {total} target weights: {reason}; "
+        f"the highest that can is {math.floor((1 - least / total) * 1e6) / 1e6:.6g}"
+    )

@@ -1,0 +1,184 @@
+"""Patterns: which weights of a layer may be kept together. `(score, count) -> mask`."""
+
+import math
+import re
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
+
+import torch
+from einops import rearrange, reduce, repeat
+from torch import Tensor
+
+from sparsity.errors import InputError
+from sparsity.masks import Masks
+from sparsity.ops import largest
+
+ROWS = 1 << 20  # weights ranked together inside their groups: what bounds the extra memory
+
+
+def nm_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """A bool mask that keeps the n largest magnitudes of each m consecutive weights along the input axis.
+
+    The input axis is the one that is summed over: axis 1 of a Linear's [out, in] and of a convolution's
+    [out, in, height, width]. Exactly n are kept in each group; among equals, the first. Raises `InputError` if m does
+    not divide the axis.
+    """
+    pattern = NM(n, m)
+    pattern.check("weight", tuple(weight.shape))
+    return pattern.best(weight.detach().abs())
+
+
+def parse(text: str | int) -> "Pattern":
+    """The pattern a recipe names: "unstructured", "channel", "2:4" (keep 2 of 4) or "4x4" (blocks).
+
+    Integers are accepted only to explain them: YAML reads an unquoted 2:4 as the number 124.
+    """
+    if isinstance(text, int):
+        quoted = f'"{text // 60}:{text % 60}"'
+        raise InputError(f"pattern must be text, got the number {text}: YAML reads an unquoted N:M so; write {quoted}")
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"(\d+)x(\d+)", text):
+        return Block(int(match[1]), int(match[2]))
+    if text in ("unstructured", "channel"):
+        return Unstructured() if text == "unstructured" else Channel()
+    raise InputError(f'unknown pattern {text!r}: expected "unstructured", "channel", "2:4" or "4x4"')
+
+
+class Pattern:
+    """Which weights may be kept together. Patterns override `__call__`, and `check` and `least` where they need to."""
+
+    name = "unstructured"
+
+    def __call__(self, score: Tensor, count: int) -> Tensor:
+        """A bool mask of the score's shape that keeps `count` weights, to the nearest whole unit of the pattern."""
+        raise NotImplementedError(f"{type(self).__name__} selects nothing")
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises `InputError`, naming the parameter, where the pattern does not fit its shape."""
+
+    def least(self, shape: tuple[int, ...]) -> int:
+        """The fewest weights the pattern keeps in a tensor of this shape."""
+        return 0
+
+    def fit(self, counts: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """The counts, raised where the pattern keeps more, and lowered elsewhere to the same sum.
+
+        Raises `InputError` if the sum is below what the pattern keeps.
+        """
+        least = {name: self.least(shapes[name]) for name in counts}
+        spare = [max(0, count - least[name]) for name, count in counts.items()]
+        room = sum(counts.values()) - sum(least.values())
+        if room < 0:
+            total = sum(math.prod(shapes[name]) for name in counts)
+            raise InputError(
+                f"pattern {self.name} keeps at least {sum(least.values())} of {total} target weights, the budget is "
+                f"{sum(counts.values())}: ask for a sparsity of at most {1 - sum(least.values()) / total:.6g}"
+            )
+        # Rounding the running sum, rather than each share, keeps the total exact.
+        ends = [round(part * room / max(1, sum(spare))) for part in accumulate(spare, initial=0)]
+        return {name: least[name] + end - start for name, (start, end) in zip(counts, pairwise(ends), strict=True)}
+
+    def masks(self, scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> Masks:
+        """The masks of all layers. What one layer misses of its count, by whole units, the next makes up for."""
+        masks: Masks = {}
+        owed = 0
+        for name, count in counts.items():
+            masks[name] = self(scores[name], max(0, count + owed))
+            owed += count - int(masks[name].count_nonzero())
+        return masks
+
+
+class Unstructured(Pattern):
+    """Any weights: the `count` highest scores; among equals, the first."""
+
+    def __call__(self, score: Tensor, count: int) -> Tensor:
+        return largest(score, min(count, score.numel()))
+
+
+class NM(Pattern):
+    """At least n of each m consecutive weights along the input axis (axis 1), and exactly n at the lowest count.
+
+    A count above that keeps the n best of each group and then the best of the rest, so that a gradual schedule has a
+    way from dense to N:M.
+    """
+
+    def __init__(self, n: int, m: int) -> None:
+        if not 0 < n < m:
+            raise InputError(f'a pattern "N:M" keeps N of M with 0 < N < M, got "{n}:{m}"')
+        self.n, self.m, self.name = n, m, f"{n}:{m}"
+
+    def __call__(self, score: Tensor, count: int) -> Tensor:
+        mask = self.best(score)
+        more = min(count, score.numel()) - int(mask.count_nonzero())
+        return mask | largest(score.masked_fill(mask, -torch.inf), more) if more > 0 else mask
+
+    def best(self, score: Tensor) -> Tensor:
+        """The mask of the n best of each group."""
+        parts = torch.split(score, max(1, ROWS // max(1, score[0].numel())))
+        return torch.cat([self._best(part) for part in parts])
+
+    def _best(self, score: Tensor) -> Tensor:
+        groups = rearrange(score, "out (group m) ... -> out group ... m", m=self.m)
+        order = groups.argsort(dim=-1, descending=True, stable=True)
+        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., : self.n], True)
+        return rearrange(mask, "out group ... m -> out (group m) ...")
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        if len(shape) < 2 or shape[1] % self.m:
+            raise InputError(
+                f"pattern {self.name} groups {self.m} weights along the input axis, which {self.m} does not divide in "
+                f"'{name}' of shape {shape}: leave it out with targets.exclude=['{name}']"
+            )
+
+    def least(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self.n // self.m
+
+
+class Block(Pattern):
+    """Whole blocks of `rows` x `columns` of the matrix [out, in * kernel], by the sum of their scores."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        if rows < 1 or columns < 1:
+            raise InputError(f'a block pattern "RxC" needs R and C of at least 1, got "{rows}x{columns}"')
+        self.rows, self.columns, self.name = rows, columns, f"{rows}x{columns}"
+
+    def __call__(self, score: Tensor, count: int) -> Tensor:
+        size = {"r": self.rows, "c": self.columns}
+        units = reduce(score.flatten(1), "(R r) (C c) -> R C", "sum", **size)
+        kept = _whole_units(count, self.rows * self.columns, units.numel())
+        return repeat(largest(units, kept), "R C -> (R r) (C c)", **size).view(score.shape)
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        columns = math.prod(shape[1:])
+        if len(shape) < 2 or shape[0] % self.rows or columns % self.columns:
+            raise InputError(
+                f"pattern {self.name} does not tile '{name}', a matrix of {shape[0]} x {columns}: "
+                f"leave it out with targets.exclude=['{name}']"
+            )
+
+    def least(self, shape: tuple[int, ...]) -> int:
+        return self.rows * self.columns
+
+
+class Channel(Pattern):
+    """Whole output channels (axis 0), by the sum of their scores; at least one stays."""
+
+    name = "channel"
+
+    def __call__(self, score: Tensor, count: int) -> Tensor:
+        units = score.flatten(1).sum(1)
+        kept = _whole_units(count, score[0].numel(), units.numel())
+        return largest(units, kept).view(-1, *[1] * (score.ndim - 1)).expand_as(score).contiguous()
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        if len(shape) < 2:
+            raise InputError(f"pattern channel needs two axes or more, '{name}' has shape {shape}: leave it out")
+
+    def least(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape[1:])
+
+
+def _whole_units(count: int, size: int, units: int) -> int:
+    """The count in whole units of `size` weights, to the nearest, and at least one."""
+    return min(units, max(1, round(count / size)))

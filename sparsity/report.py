@@ -1,0 +1,140 @@
+"""The report of a run: what is sparse, by how much, and what that is worth on paper."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsity.masks import counts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Report = dict[str, Any]
+
+
+def layers(masks: Mapping[str, Tensor], pattern: str) -> dict[str, dict[str, Any]]:
+    """Shape, density and pattern of every target, by name."""
+    kept = counts(masks)
+    return {
+        name: {"shape": list(mask.shape), "density": kept[name] / mask.numel(), "pattern": pattern}
+        for name, mask in masks.items()
+    }
+
+
+def sizes(model: nn.Module, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Bytes of the model's state dense, and stored with a bitmask and the kept values of each target."""
+    distinct = {(value.data_ptr(), value.shape): value for value in model.state_dict().values()}
+    dense = sum(value.numel() * value.element_size() for value in distinct.values())
+    kept = counts(masks)
+    saved = 0
+    for name, weight in weights.items():
+        stored = kept[name] * weight.element_size() + math.ceil(weight.numel() / 8)
+        saved += max(0, weight.numel() * weight.element_size() - stored)
+    return {"dense": dense, "stored": dense - saved}
+
+
+@torch.no_grad()
+def flops(model: nn.Module, inputs: tuple[Any, ...], masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Theoretical FLOPs of one forward pass, dense, and with those of pruned weights left out.
+
+    Two per multiply-add, counted by `torch.utils.flop_counter`; each module that owns targets is scaled by its density.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    finally:
+        model.train(was_training)
+    found = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    skipped = sum(
+        (1 - density) * found.get(f"{root}.{owner}" if owner else root, 0)
+        for owner, density in _owner_density(masks).items()
+    )
+    return {"dense": found.get("Global", 0), "sparse": round(found.get("Global", 0) - skipped)}
+
+
+def save(report: Report, path: Path) -> None:
+    """Writes the report as JSON, in one piece or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def summary(report: Report) -> Group:
+    """The report for the terminal: the table of its layers, and what it comes to in bytes and FLOPs."""
+    return Group(_table(report), *_worth(report))
+
+
+def _table(report: Report) -> Table:
+    rows = report["sparsity"]["layers"]
+    total = sum(math.prod(row["shape"]) for row in rows.values())
+    kept = sum(round(math.prod(row["shape"]) * row["density"]) for row in rows.values())
+    achieved, target = report["sparsity"]["achieved"], report["sparsity"]["target"]
+    view = Table(
+        title=f"sparsity {achieved:.4f} of {total:,} target weights (asked for: {target:.4f})", show_footer=True
+    )
+    view.add_column("layer", "all targets")
+    view.add_column("shape")
+    view.add_column("weights", f"{total:,}", justify="right")
+    view.add_column("kept", f"{kept:,}", justify="right")
+    view.add_column("density", f"{1 - achieved:.4f}", justify="right")
+    view.add_column("")
+    for name, row in rows.items():
+        size, density = math.prod(row["shape"]), row["density"]
+        bar = "█" * round(20 * density) or "▏"
+        shape = " x ".join(map(str, row["shape"]))
+        view.add_row(name, shape, f"{size:,}", f"{round(size * density):,}", f"{density:.4f}", bar)
+    return view
+
+
+def figure(report: Report) -> "Figure":
+    """The density of every layer as bars, with the overall one as a line. Needs matplotlib (the `viz` extra)."""
+    from matplotlib.figure import Figure
+
+    rows = report["sparsity"]["layers"]
+    overall = 1 - report["sparsity"]["achieved"]
+    picture = Figure(figsize=(8, 1.5 + 0.3 * len(rows)), layout="constrained")
+    axes = picture.add_subplot()
+    bars = axes.barh(list(rows), [row["density"] for row in rows.values()], color="#4477aa")
+    axes.bar_label(bars, [f"{row['density']:.3f}" for row in rows.values()], padding=3, fontsize=8)
+    axes.axvline(overall, color="#cc6677", linestyle="--", label=f"all targets: {overall:.3f}")
+    axes.set(xlim=(0, 1.1), xlabel="density (kept / all weights)", title="Density of each layer")
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    return picture
+
+
+def _worth(report: Report) -> list[str]:
+    stored = report["bytes"]
+    lines = [f"bytes: {stored['dense']:,} dense, {stored['stored']:,} as bitmasks and kept values"]
+    if report["flops"]["dense"]:
+        lines.append(
+            f"FLOPs of one sample, theoretical: {report['flops']['dense']:,} dense, {report['flops']['sparse']:,}"
+        )
+    lines.append("Masks alone make a network neither faster nor its checkpoint smaller.")
+    return lines
+
+
+def _owner_density(masks: Mapping[str, Tensor]) -> dict[str, float]:
+    """The density of the targets that each module owns, by the module's name."""
+    kept = counts(masks)
+    totals: dict[str, int] = {}
+    found: dict[str, int] = {}
+    for name, mask in masks.items():
+        owner = name.rpartition(".")[0]
+        totals[owner] = totals.get(owner, 0) + mask.numel()
+        found[owner] = found.get(owner, 0) + kept[name]
+    return {owner: found[owner] / totals[owner] for owner in totals}

@@ -1,0 +1,123 @@
+"""Scores: how much each weight matters. Higher means keep."""
+
+import zlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from sparsity.errors import InputError
+
+SLAB = 1 << 20  # weights that `lamp` sorts together: what bounds its extra memory
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """|w|, in the weight's shape, float32 or wider."""
+    return _wide(weight).abs()
+
+
+def lamp(weight: Tensor) -> Tensor:
+    """w^2 over the sum of it and of all larger squares of the same tensor, in the weight's shape, float32 or wider.
+
+    LAMP, equation 4 of Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning" (ICLR 2021,
+    arXiv 2010.07611). The largest weight of every tensor scores exactly 1, so no layer is emptied as long as one
+    weight per layer is kept. Zero weights score 0, also where the whole tensor is zero. Among equal magnitudes the
+    first counts as the largest.
+
+    The authors' code takes the total minus a running sum, which in float32 loses the largest weights of big layers.
+    Here the sum runs from the largest weight down, in float64. The tensor is sorted slab by slab, so that the
+    extra memory is that of three tensors and not of a full sort.
+    """
+    magnitudes = magnitude(weight.detach()).flatten()
+    scores = torch.zeros_like(magnitudes)
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for lower, upper in _slabs(magnitudes):
+        place = ((magnitudes > lower) & (magnitudes <= upper)).nonzero().squeeze(1)
+        values, order = magnitudes[place].sort(descending=True, stable=True)
+        squares = values.double().square()
+        # Underflow leaves a zero square with nothing above it; it is as unimportant as a zero weight.
+        sums = (total + squares.cumsum(0)).clamp_min(torch.finfo(torch.float64).tiny)
+        scores[place[order]] = (squares / sums).to(scores.dtype)
+        total = total + squares.sum()
+    return scores.view(weight.shape)
+
+
+def _slabs(magnitudes: Tensor) -> Iterator[tuple[float, float]]:
+    """Intervals (lower, upper] from the largest magnitude down to zero, of about `SLAB` weights each.
+
+    The bounds are quantiles of a sample: where they lie decides the memory, never the result.
+    """
+    slabs = magnitudes.numel() // SLAB + 1
+    sample = magnitudes[:: max(1, magnitudes.numel() // (64 * slabs))].sort(descending=True).values
+    inner = [float(bound) for bound in sample[64:-1:64]] if slabs > 1 else []
+    bounds = sorted({float("inf"), *inner, 0.0}, reverse=True)
+    yield from zip(bounds[1:], bounds[:-1], strict=True)
+
+
+class Score:
+    """How much each weight of one tensor matters. Methods override `__call__`."""
+
+    needs_gradient = False
+
+    def __call__(self, weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+        """The scores: a new tensor of the weight's shape, float32 or wider.
+
+        `generator` is on the CPU and seeded by run, step and parameter name, so every rank draws the same numbers.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no score")
+
+
+class Magnitude(Score):
+    """|w|."""
+
+    def __call__(self, weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+        return magnitude(weight.detach())
+
+
+class Lamp(Score):
+    """Layer-adaptive magnitude (`lamp`)."""
+
+    def __call__(self, weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+        return lamp(weight)
+
+
+class Random(Score):
+    """Uniform in [0, 1), independent of the weights."""
+
+    def __call__(self, weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+        return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+class Scores(Mapping[str, Tensor]):
+    """The scores of all targets, each computed when it is asked for, so that only one is in memory at a time.
+
+    Weights that `masks` has already pruned score -inf: they come last, also behind a kept weight of exactly zero.
+    Raises `InputError` where a score is not finite.
+    """
+
+    def __init__(self, score: Score, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], seed: str) -> None:
+        self._score, self._weights, self._masks, self._seed = score, weights, masks, seed
+        double = any(weight.dtype == torch.float64 for weight in weights.values())
+        self._dtype = torch.float64 if double else torch.float32
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._weights[name]
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
+        score = self._score(weight, weight.grad, generator).to(self._dtype)
+        if not bool(torch.isfinite(score).all()):
+            bad = int((~torch.isfinite(weight)).sum())
+            raise InputError(
+                f"'{name}' cannot be ranked: {bad} of its {weight.numel()} weights are NaN or infinite. "
+                "The masks are unchanged; go back to the last good checkpoint and lower the learning rate"
+            )
+        return score.masked_fill_(~self._masks[name], -torch.inf)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -1,0 +1,208 @@
+"""The Sparsifier: it owns the masks of one model. Three verbs: attach, update, apply."""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+from torch.optim import Optimizer
+
+from sparsity import masks, patterns
+from sparsity.distributions import Distribution, Global
+from sparsity.errors import InputError
+from sparsity.masks import Masks
+from sparsity.schedules import Constant, Horizon, Plan, Schedule
+from sparsity.scores import Magnitude, Score, Scores
+from sparsity.targets import Targets
+
+
+class Sparsifier:
+    """Keeps a model at the sparsity that a schedule asks for. It works in any training loop:
+
+        sparsifier = Sparsifier(0.9, schedule=Cubic())
+        sparsifier.attach(model, optimizer, horizon=Horizon(steps=1000))
+        for step, batch in enumerate(batches):
+            loss(model, batch).backward()
+            sparsifier.update(step)  # renews the masks when due, masks the gradients
+            optimizer.step()
+            sparsifier.apply()  # pruned weights and their optimizer state are exactly zero
+            optimizer.zero_grad()
+
+    `sparsity` is the fraction of zeros over all targets at the end of the schedule: absolute, never compounding.
+    Weights hold their zeros, so the model stays a plain dense model with its own `state_dict` keys. A pruned weight
+    does not return. Families of methods override `first_masks` and `new_masks`.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        score: Score | None = None,
+        distribution: Distribution | None = None,
+        pattern: str | int = "unstructured",
+        schedule: Schedule | None = None,
+        targets: Targets | None = None,
+    ) -> None:
+        if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+            raise InputError(f"sparsity is the fraction of zeros and must lie in [0, 1), got {sparsity!r}")
+        self.sparsity = float(sparsity)
+        self.score = score or Magnitude()
+        self.distribution = distribution or Global()
+        self.pattern = patterns.parse(pattern)
+        self.schedule = schedule or Constant()
+        self.targets = targets or Targets()
+        self.masks: Masks = {}
+        self.seed = 0
+        self.renewed = -1  # the planned step of the last renewal
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
+        self._optimizers: tuple[Optimizer, ...] = ()
+        self._plan: Plan = {}
+        self._steps: list[int] = []
+        self._model: nn.Module | None = None
+        self._loaded = False
+
+    def attach(self, model: nn.Module, *optimizers: Optimizer, horizon: Horizon | None = None, seed: int = 0) -> None:
+        """Finds the targets, plans the updates, and prunes what is due before the first step.
+
+        `horizon` is the length of training, which times given as fractions or epochs need; `seed` makes the random
+        choices, the same on every rank. Masks that were loaded, or that this sparsifier already holds for this very
+        model, are kept. Raises `InputError` for everything that could not be met later, before any training.
+        """
+        weights = self.targets.select(model)
+        for name, weight in weights.items():
+            self.pattern.check(name, tuple(weight.shape))
+        self._owners = {name: _owner(model, weight) for name, weight in weights.items()}
+        self._optimizers, self.seed = optimizers, seed
+        self._plan = self.schedule.plan(self.sparsity, horizon or Horizon())
+        self._steps = sorted(self._plan)
+        loaded, self._loaded = self._loaded, False
+        if loaded:
+            self.masks = self._placed(self.masks)
+        elif model is not self._model:
+            self.masks, self.renewed = self.first_masks(), -1
+        self._model = model
+        self.check_budget()
+        if not self.score.needs_gradient and not loaded:
+            self._renew_if_due(0)
+        self.apply()
+
+    def detach(self) -> None:
+        """Forgets the model, its optimizers and the masks."""
+        self._model, self._owners, self._optimizers = None, {}, ()
+        self.masks, self.renewed = {}, -1
+
+    def update(self, step: int) -> None:
+        """After backward and before the optimizer's step number `step`: renews the masks when due, masks the gradients.
+
+        Where a gradient of the model is not finite, the masks stay as they are and the renewal is made up for at the
+        next step.
+        """
+        if self._due(step) is not None and self._gradients_are_finite():
+            self._renew_if_due(step)
+        for name, weight in self.weights().items():
+            if weight.grad is not None:
+                weight.grad.masked_fill_(~self.masks[name], 0)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """After the optimizer's step: pruned weights and all of their optimizer state become exactly zero."""
+        for name, weight in self.weights().items():
+            pruned = ~self.masks[name]
+            weight.masked_fill_(pruned, 0)
+            for state in self._optimizer_state(weight):
+                state.masked_fill_(pruned, 0)
+
+    def density(self) -> float:
+        """The fraction of target weights that the masks keep."""
+        return masks.density(self.masks)
+
+    def target(self, step: int) -> float:
+        """The sparsity that the schedule asks for at a step."""
+        entry = bisect_right(self._steps, step) - 1
+        return self._plan[self._steps[entry]] if entry >= 0 else 0.0
+
+    def last_renewal(self) -> int:
+        """The step of the last planned renewal, -1 where none is planned."""
+        return self._steps[-1] if self._steps else -1
+
+    def weights(self) -> dict[str, Parameter]:
+        """The target parameters by name, as the model holds them now."""
+        return {name: getattr(module, leaf) for name, (module, leaf) in self._owners.items()}
+
+    def first_masks(self) -> Masks:
+        """The masks before the first renewal."""
+        return masks.full(self.weights())
+
+    def new_masks(self, density: float, step: int) -> Masks:
+        """The masks of a renewal that keeps this density; the present ones where they are already that sparse."""
+        if round(density * self._size()) >= sum(masks.counts(self.masks).values()):
+            return self.masks
+        scores = Scores(self.score, self.weights(), self.masks, seed=f"{self.seed}/{step}")
+        return self.pattern.masks(scores, self._counts(scores, density))
+
+    def check_budget(self) -> None:
+        """Raises `InputError` if the final sparsity cannot be met by the distribution and the pattern."""
+        if self.sparsity > 0:
+            self._counts(Scores(self.score, self.weights(), self.first_masks(), seed="check"), 1 - self.sparsity)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes during training: tensors and primitives, one bit per target weight."""
+        return {"masks": masks.to_state(self.masks), "renewed": self.renewed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a saved state; before `attach`, which then checks it against the model, or after."""
+        restored = masks.from_state(state["masks"])
+        self.masks, self.renewed = restored, int(state["renewed"])
+        if self._model is None:
+            self._loaded = True
+        else:
+            self.masks = self._placed(restored)
+            self.apply()
+
+    def _placed(self, restored: Masks) -> Masks:
+        """Restored masks, checked against the model and on its devices."""
+        weights = self.weights()
+        masks.check(restored, weights, "the saved state")
+        return {name: restored[name].to(weight.device) for name, weight in weights.items()}
+
+    def _due(self, step: int) -> int | None:
+        """The planned step of the renewal that is due and not yet made."""
+        entry = bisect_right(self._steps, step) - 1
+        return self._steps[entry] if entry >= 0 and self._steps[entry] > self.renewed else None
+
+    @torch.no_grad()
+    def _renew_if_due(self, step: int) -> None:
+        planned = self._due(step)
+        if planned is not None:
+            self.masks = self.new_masks(1 - self._plan[planned], planned)
+            self.renewed = planned
+            self.apply()
+
+    def _counts(self, scores: Scores, density: float) -> dict[str, int]:
+        shapes = {name: tuple(weight.shape) for name, weight in self.weights().items()}
+        return self.pattern.fit(self.distribution(scores, density), shapes)
+
+    def _size(self) -> int:
+        return sum(weight.numel() for weight in self.weights().values())
+
+    def _gradients_are_finite(self) -> bool:
+        gradients = (weight.grad for optimizer in self._optimizers for group in optimizer.param_groups
+                     for weight in group["params"] if weight.grad is not None)  # fmt: skip
+        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+    def _optimizer_state(self, weight: Parameter) -> Iterator[Tensor]:
+        """Every state tensor of the weight's shape: momenta and second moments, whatever the optimizer calls them."""
+        for optimizer in self._optimizers:
+            for value in optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    yield value
+
+
+def _owner(model: nn.Module, weight: Parameter) -> tuple[nn.Module, str]:
+    return next(
+        (module, leaf)
+        for module in model.modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter is weight
+    )

@@ -1,0 +1,102 @@
+"""Targets: which parameters of a model may be pruned."""
+
+import difflib
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parameter import Parameter, UninitializedParameter
+
+from sparsity.errors import InputError
+
+# The modules whose weights are matrices or filters. Names, not classes, so that `transformers`' Conv1D is one too.
+PRUNABLE = (
+    "Linear", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
+    "Conv1D", "MultiheadAttention", "RNNBase", "RNNCellBase",
+)  # fmt: skip
+
+
+class Targets:
+    """Selects parameters by name and by the type of the module that owns them.
+
+    A parameter is a target if its name matches `include` and not `exclude`, it has two axes or more, and the class
+    of its module (or a base class of it) is among `types`. Norms, biases, embeddings and loose parameters such as
+    position embeddings are therefore left alone. An `include` entry without a wildcard that spells a parameter's
+    full name takes that parameter whatever it is; adding "Embedding" to `types` takes all embeddings.
+
+    Tied parameters are one target under their first name; every one of their names has to pass, so that a head tied
+    to an embedding is left alone unless it is named. Frozen parameters count: what is a target does not depend on
+    what is being trained. The prefix that `torch.compile` gives names is ignored.
+    """
+
+    def __init__(
+        self, include: list[str] | None = None, exclude: list[str] | None = None, types: list[str] | None = None
+    ) -> None:
+        self.include = ["*"] if include is None else list(include)
+        self.exclude = [] if exclude is None else list(exclude)
+        self.types = list(PRUNABLE) if types is None else list(types)
+
+    def select(self, model: nn.Module) -> dict[str, Parameter]:
+        """The target parameters by name, in the order of the model; raises `InputError` where there are none."""
+        groups = _tied_groups(model)
+        names = [name for group in groups for name, _, _ in group]
+        self._check_globs(names)
+        selected = {group[0][0]: group[0][2] for group in groups if self._takes(group)}
+        if not selected:
+            raise InputError(
+                f"no parameter to prune: include={self.include}, exclude={self.exclude} and types={self.types} leave "
+                f"none of {len(names)} parameters; name one in `include`, for example '{names[0] if names else '...'}'"
+            )
+        for name, weight in selected.items():
+            if isinstance(weight, UninitializedParameter):
+                raise InputError(f"'{name}' has no shape yet: run one forward pass through the lazy module first")
+        return selected
+
+    def _takes(self, group: "list[tuple[str, nn.Module, Parameter]]") -> bool:
+        names = [name for name, _, _ in group]
+        if any(_matches(name, self.exclude) for name in names):
+            return False
+        if any(name in self.include for name in names):
+            return True
+        return any(_matches(name, self.include) for name in names) and all(
+            _is_matrix(weight) and self._has_type(module) for _, module, weight in group
+        )
+
+    def _has_type(self, module: nn.Module) -> bool:
+        return any(base.__name__ in self.types for base in type(module).__mro__)
+
+    def _check_globs(self, names: list[str]) -> None:
+        for glob in [*self.include, *self.exclude]:
+            if not any(fnmatchcase(name, glob) for name in names):
+                near = difflib.get_close_matches(glob, names, n=3, cutoff=0.0)
+                raise InputError(f"'{glob}' matches no parameter of the model; the nearest names are {near}")
+
+
+def clean(name: str) -> str:
+    """The name without what `torch.compile` puts into it."""
+    return name.replace("_orig_mod.", "")
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _is_matrix(weight: Parameter) -> bool:
+    return isinstance(weight, UninitializedParameter) or weight.ndim >= 2
+
+
+def _tied_groups(model: nn.Module) -> list[list[tuple[str, nn.Module, Parameter]]]:
+    """Each distinct tensor of the model with all of its (name, owner, parameter)."""
+    groups: dict[tuple[object, ...], list[tuple[str, nn.Module, Parameter]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaf, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = clean(f"{prefix}.{leaf}" if prefix else leaf)
+            groups.setdefault(_storage(weight), []).append((name, module, weight))
+    return list(groups.values())
+
+
+def _storage(weight: Parameter) -> tuple[object, ...]:
+    # An empty or meta tensor has no address of its own, and is tied only to itself.
+    if isinstance(weight, UninitializedParameter) or weight.numel() == 0 or weight.is_meta:
+        return (id(weight),)
+    return (weight.device, weight.data_ptr(), weight.shape, weight.stride())
