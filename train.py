@@ -4,18 +4,59 @@ Subcommands: fit, validate, test, and oneshot, which prunes a checkpoint without
 overridden, for example `--sparsity.sparsity=0.95`, `--sparsity=GMP` or `--sparsity=null` for the dense baseline.
 """
 
+import difflib
+import inspect
+import re
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-import sparsity.data
-import sparsity.distributions
-import sparsity.models  # with the other modules: makes their classes known to recipes by their short names
+import sparsity.data  # imported, a module makes its classes known to recipes by their short names
+import sparsity.models
 from callbacks import Sparsify, SparsityReport
 from sparsity import InputError, checkpoints
+
+
+class PlainParser(LightningArgumentParser):
+    """A parser whose errors are three plain lines: what is wrong, what came, what would work."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        key = re.search(r'(?:Parser key|key) "?([\w.]+)"?', message)
+        value = re.search(r"Given value: (.+)", message)
+        reasons = [line.strip(" -") for line in message.splitlines() if not NOISE.search(line)]
+        reason = re.sub(r'^Parser key "?[\w.]+"?:\s*', "", " ".join(filter(None, reasons)))
+        print(f"error: {key[1] if key else 'arguments'}: {reason}", file=sys.stderr)
+        if value:
+            print(f"got: {value[1]}", file=sys.stderr)
+        print(f"try: {_advice(message, self.prog)}", file=sys.stderr)
+        self.exit(2)
+
+
+NOISE = re.compile(r"Does not validate|Subtypes: |Errors:$|NoneType|Given value|Expected a path but")
+
+
+def _advice(message: str, program: str) -> str:
+    """What would work instead of an unknown method, an unknown option, or anything else."""
+    if option := re.search(r"class_path '(.+)':\s+Option '(\w+)' is not accepted", message):
+        accepted = _parameters(option[1])
+        near = difflib.get_close_matches(option[2], accepted, n=1)
+        return f"{near[0]}, one of: {', '.join(accepted)}" if near else f"one of: {', '.join(accepted)}"
+    if re.search(r'key "sparsity"', message) and "Problem with given class_path" not in message:
+        return f"one of: {', '.join(sorted(each.__name__ for each in _methods(Sparsify)))}, or null for dense"
+    return f"{program} --help"
+
+
+def _parameters(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    return list(inspect.signature(getattr(import_module(module), name)).parameters)
+
+
+def _methods(base: type) -> list[type]:
+    return [each for child in base.__subclasses__() for each in (child, *_methods(child))]
 
 
 class SparseTrainer(Trainer):
@@ -48,17 +89,43 @@ class SparsityCLI(LightningCLI):
         parser.add_lightning_class_args(Sparsify, "sparsity", subclass_mode=True, required=False)
         parser.add_lightning_class_args(SparsityReport, "report")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        settings = self.config[self.config["subcommand"]]
+        if settings.get("ckpt_path") == "last" and self.config["subcommand"] != "oneshot":
+            settings["ckpt_path"] = str(_last(Path(settings["trainer"]["default_root_dir"] or ".")))
+        if settings.get("ckpt_path") and settings["ckpt_path"] != "best":
+            checkpoints.read(settings["ckpt_path"])
+        if settings.get("config"):
+            settings["report"]["recipe"] = settings["report"]["recipe"] or Path(str(settings["config"][0])).stem
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         keys = self._parser(self.subcommand).callback_keys
         extra = [callback for key in keys if (callback := self._get(self.config_init, key)) is not None]
         return self._instantiate_trainer({**self._get(self.config_init, "trainer", default={}), **kwargs}, extra)
 
 
+def _last(folder: Path) -> Path:
+    """The newest `last.ckpt` of the runs that logged under a folder."""
+    found = sorted(folder.glob("**/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError(f"no last.ckpt under '{folder}': train with ModelCheckpoint(save_last=True), or give a path")
+    return found[-1]
+
+
 def main(args: ArgsType = None) -> None:
     """Runs the command line; input that cannot work ends it with a plain message and status 2."""
-    SparsityCLI(
-        LightningModule, trainer_class=SparseTrainer, subclass_mode_model=True, subclass_mode_data=True, args=args
-    )
+    try:
+        SparsityCLI(
+            LightningModule,
+            trainer_class=SparseTrainer,
+            parser_class=PlainParser,
+            subclass_mode_model=True,
+            args=args,
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

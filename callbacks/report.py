@@ -35,7 +35,13 @@ class SparsityReport(Callback):
         self.recipe = recipe
         self.metrics: dict[str, float | None] = {}
         self._inputs: tuple[Any, ...] | None = None
+        self._result: report.Report | None = None
         self._path: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Last, so that the table comes after the progress bar has ended.
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        trainer.callbacks = [*(each for each in callbacks if each is not self), self]  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._keep_inputs(pl_module, batch)
@@ -61,9 +67,9 @@ class SparsityReport(Callback):
         self._write(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._path is not None:
-            _print(self._path)
-        self._inputs = self._path = None
+        if self._result is not None and self._path is not None:
+            _print(self._result, self._path)
+        self._inputs = self._path = self._result = None
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # on all ranks: it broadcasts
@@ -76,8 +82,7 @@ class SparsityReport(Callback):
     def _write_on_rank_zero(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
         result = self.describe(trainer, pl_module)
         report.save(result, folder / "report.json")
-        self._path = folder / "report.json"
-        Console().print(report.summary(result))
+        self._result, self._path = result, folder / "report.json"
         if find_spec("matplotlib"):
             picture = report.figure(result)
             picture.savefig(folder / "density.png", dpi=120)
@@ -133,5 +138,6 @@ def _finite(value: Tensor) -> float | None:
 
 
 @rank_zero_only
-def _print(path: Path) -> None:
+def _print(result: report.Report, path: Path) -> None:
+    Console().print(report.summary(result))
     print(f"report: {path}")

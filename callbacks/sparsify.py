@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsity import Horizon, InputError, Sparsifier, masks
+from sparsity.schedules import Constant
 from sparsity.targets import clean
 
 
@@ -127,6 +128,13 @@ class Sparsify(Callback):
         self.sparsifier.load_state_dict(state_dict["sparsifier"])
         self.step = state_dict["step"]
         self._attached = False
+
+    def prune(self, pl_module: LightningModule) -> None:
+        """Prunes the model to the full sparsity at once, outside of any training."""
+        if self.sparsifier.score.needs_gradient:
+            raise InputError(f"{type(self).__name__} scores weights by gradients, which pruning without training lacks")
+        self.sparsifier.schedule = Constant()
+        self.sparsifier.attach(pl_module, seed=_seed())
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove_hooks()

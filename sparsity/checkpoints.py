@@ -39,7 +39,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if not isinstance(state, dict):
         raise InputError(f"'{path}' has no 'state_dict': give a checkpoint that a Lightning trainer saved")
     own = model.state_dict()
-    wrong = [name for name in own.keys() | state.keys() if getattr(own.get(name), "shape", 0) != getattr(state.get(name), "shape", 1)]
+    wrong = [
+        name
+        for name in own.keys() | state.keys()
+        if getattr(own.get(name), "shape", 0) != getattr(state.get(name), "shape", 1)
+    ]
     if wrong:
         raise InputError(
             f"'{path}' is for another model: {len(wrong)} of its tensors are missing, unknown or of another shape, "
