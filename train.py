@@ -24,19 +24,31 @@ from sparsity import InputError, checkpoints
 class PlainParser(LightningArgumentParser):
     """A parser whose errors are three plain lines: what is wrong, what came, what would work."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Abbreviations would let a typo such as --trainer.max_epoch pass.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        key = re.search(r'(?:Parser key|key) "?([\w.]+)"?', message)
-        value = re.search(r"Given value: (.+)", message)
-        reasons = [line.strip(" -") for line in message.splitlines() if not NOISE.search(line)]
-        reason = re.sub(r'^Parser key "?[\w.]+"?:\s*', "", " ".join(filter(None, reasons)))
-        print(f"error: {key[1] if key else 'arguments'}: {reason}", file=sys.stderr)
+        if not self.exit_on_error:  # a parser of a part, whose caller explains
+            super().error(message, ex)
+        key = re.search(r'^Parser key "?([\w.]+)"?:', message)
+        value = re.search(r"Given value: ([^\n(]+)$", message)
+        print(f"error: {key[1] + ': ' if key else ''}{_reason(message)}", file=sys.stderr)
         if value:
             print(f"got: {value[1]}", file=sys.stderr)
         print(f"try: {_advice(message, self.prog)}", file=sys.stderr)
         self.exit(2)
 
 
-NOISE = re.compile(r"Does not validate|Subtypes: |Errors:$|NoneType|Given value|Expected a path but")
+NOISE = re.compile(r"^$|Does not validate|Subtypes: |Errors:$|NoneType|Given value|Expected a path but")
+
+
+def _reason(message: str) -> str:
+    """The lines of a parser's message that say what is wrong, in one."""
+    lines = re.sub(r'^Parser key "?[\w.]+"?:', "", message).splitlines()
+    text = " ".join(line.strip(" -") for line in lines if not NOISE.search(line.strip()))
+    text = re.sub(r"Problem with given class_path '(?:\w+\.)*(\w+)':", r"\1:", text)
+    return re.sub(r"Expected a dot import path string: (\w+)", r"no class is called '\1'", text)
 
 
 def _advice(message: str, program: str) -> str:
@@ -71,10 +83,11 @@ class SparseTrainer(Trainer):
             raise InputError("oneshot needs a method (the recipe's `sparsity:`) and a checkpoint (--ckpt_path)")
         checkpoints.load_weights(model, ckpt_path)
         method.prune(model)
-        self.validate(model, datamodule=datamodule, verbose=False)
+        self.strategy.connect(model)
         path = Path(self.log_dir or self.default_root_dir) / "oneshot.ckpt"
-        self.save_checkpoint(path)
+        self.save_checkpoint(path, weights_only=False)
         print(f"pruned checkpoint: {path}")
+        self.validate(model, datamodule=datamodule, verbose=False)
 
 
 class SparsityCLI(LightningCLI):
@@ -123,8 +136,11 @@ def main(args: ArgsType = None) -> None:
             subclass_mode_model=True,
             args=args,
         )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ValueError as error:
+        # The parser wraps what a constructor raises in a message about types.
+        if not isinstance(error, InputError) and "Union subtypes" not in str(error):
+            raise
+        print(f"error: {_reason(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -75,7 +75,8 @@ class SparsityReport(Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # on all ranks: it broadcasts
         if getattr(trainer, "fast_dev_run", False):
             return
-        self.metrics |= {name: _finite(value) for name, value in trainer.callback_metrics.items()}
+        logged = trainer.callback_metrics.items()
+        self.metrics |= {name: _finite(value) for name, value in logged if not name.startswith("sparsity/")}
         self._write_on_rank_zero(trainer, pl_module, folder)
 
     @rank_zero_only

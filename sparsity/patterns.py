@@ -31,10 +31,10 @@ def nm_mask(weight: Tensor, n: int, m: int) -> Tensor:
 def parse(text: str | int) -> "Pattern":
     """The pattern a recipe names: "unstructured", "channel", "2:4" (keep 2 of 4) or "4x4" (blocks).
 
-    Integers are accepted only to explain them: YAML reads an unquoted 2:4 as the number 124.
+    Numbers are accepted only to explain them: YAML reads an unquoted 2:4 as 124.
     """
-    if isinstance(text, int):
-        quoted = f'"{text // 60}:{text % 60}"'
+    if isinstance(text, int) or text.isdigit():
+        quoted = f'"{int(text) // 60}:{int(text) % 60}"'
         raise InputError(f"pattern must be text, got the number {text}: YAML reads an unquoted N:M so; write {quoted}")
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(int(match[1]), int(match[2]))

@@ -120,7 +120,7 @@ class Images(pl.LightningDataModule):
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
         if not self.splits:
             raise RuntimeError(f"{type(self).__name__} holds no images yet; call setup() first")
-        return DataLoader(self.splits[split], self.batch_size, shuffle=shuffle, collate_fn=_as_is)
+        return DataLoader(self.splits[split], batch_size=self.batch_size, shuffle=shuffle, collate_fn=_as_is)
 
 
 def fixed_permutation(count: int) -> Tensor:

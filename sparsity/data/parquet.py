@@ -85,7 +85,8 @@ def _load_hub(repository: str, split: str | None = None) -> Any:
         return datasets.load_dataset(repository, split=split)
     except Exception as error:  # the hub's errors have no common base class
         raise RuntimeError(
-            f"could not load '{repository}' from the Hugging Face hub ({error}): check the network, or pass {DATA_DIR}"
+            f"could not load '{repository}' from the Hugging Face hub ({error}): "
+            f"check the network connection, or pass {DATA_DIR}"
         ) from error
 
 
