@@ -15,10 +15,11 @@ from typing import Any, NoReturn
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-import sparsity.data  # imported, a module makes its classes known to recipes by their short names
-import sparsity.models
 from callbacks import Sparsify, SparsityReport
-from sparsity import InputError, checkpoints
+from sparsity import InputError, checkpoints, data, models
+
+# Imported, a module makes its classes known to recipes by their short names.
+CATALOGUE = (data, models)
 
 
 class PlainParser(LightningArgumentParser):
@@ -68,7 +69,8 @@ def _parameters(class_path: str) -> list[str]:
 
 
 def _methods(base: type) -> list[type]:
-    return [each for child in base.__subclasses__() for each in (child, *_methods(child))]
+    children: list[type] = base.__subclasses__()
+    return [each for child in children for each in (child, *_methods(child))]
 
 
 class SparseTrainer(Trainer):
@@ -96,7 +98,7 @@ class SparsityCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         model_and_data = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
-        return {name: model_and_data for name in ("fit", "validate", "test", "oneshot")}
+        return dict.fromkeys(("fit", "validate", "test", "oneshot"), model_and_data)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Sparsify, "sparsity", subclass_mode=True, required=False)

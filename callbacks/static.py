@@ -15,7 +15,7 @@ class StaticMask(Sparsify):
 
     Args:
         sparsity: fraction of zeros over all targets, in [0, 1).
-        distribution: how many weights each layer keeps; `ERK()` if not given.
+        distribution: how many weights each layer keeps: `ERK()` if not given, `ER()`, `Uniform()` ...
         pattern: "unstructured", "2:4" (quoted), "4x4" or "channel".
         targets: which parameters; all Linear and convolution weights if not given.
     """

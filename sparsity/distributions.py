@@ -1,6 +1,6 @@
 """Distributions: how many weights each layer keeps. `(scores, density) -> {name: count}`, summing to the budget.
 
-Uniform, Uniform+ and ERK look only at shapes, Global also at values; all have the one signature.
+Uniform, Uniform+, ER and ERK look only at shapes, Global also at values; all have the one signature.
 """
 
 import math
@@ -54,21 +54,33 @@ def uniform_plus(shapes: Shapes, density: float) -> Counts:
     return _whole(share, shapes, density)
 
 
+def er(shapes: Shapes, density: float) -> Counts:
+    """Erdős-Rényi: a layer's density goes as (in + out) / (in * out), whatever its kernel; at most all are kept.
+
+    Mocanu et al., SET (arXiv 1707.04780). For matrices it is the same as `erk`.
+    """
+    parts = {name: sum(shape[:2]) * math.prod(shape[2:]) for name, shape in shapes.items()}
+    return _proportional(parts, shapes, density)
+
+
 def erk(shapes: Shapes, density: float) -> Counts:
     """Erdős-Rényi-Kernel: a layer keeps weights in proportion to the sum of its axes, at most all of them.
 
-    Mocanu et al. (arXiv 1707.04780) for matrices, Evci et al., RigL (arXiv 1911.11134) with kernel axes. Layers
-    whose share exceeds their size stay dense and the others share what is left.
+    Evci et al., RigL (arXiv 1911.11134). Layers whose share exceeds their size stay dense and the others share what
+    is left.
     """
+    return _proportional({name: sum(shape) for name, shape in shapes.items()}, shapes, density)
+
+
+def _proportional(parts: Mapping[str, int], shapes: Shapes, density: float) -> Counts:
+    """Counts in proportion to `parts`; layers that this would more than fill stay dense."""
     sizes, kept = _sizes(shapes), budget(shapes, density)
     dense: set[str] = set()
     while True:
-        axes = sum(sum(shape) for name, shape in shapes.items() if name not in dense)
+        total = sum(part for name, part in parts.items() if name not in dense)
         room = kept - sum(sizes[name] for name in dense)
-        share = {
-            name: float(sizes[name]) if name in dense else room * sum(shape) / axes for name, shape in shapes.items()
-        }
-        full = {name for name in shapes if name not in dense and share[name] > sizes[name]}
+        share = {name: float(sizes[name]) if name in dense else room * parts[name] / total for name in parts}
+        full = {name for name in parts if name not in dense and share[name] > sizes[name]}
         if not full:
             return _whole(share, shapes, density)
         dense |= full
@@ -94,6 +106,13 @@ class UniformPlus(Distribution):
 
     def __call__(self, scores: Mapping[str, Tensor], density: float) -> Counts:
         return uniform_plus(_shapes(scores), density)
+
+
+class ER(Distribution):
+    """Erdős-Rényi (`er`)."""
+
+    def __call__(self, scores: Mapping[str, Tensor], density: float) -> Counts:
+        return er(_shapes(scores), density)
 
 
 class ERK(Distribution):

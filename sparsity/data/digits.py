@@ -3,6 +3,7 @@
 import torch
 
 from sparsity.data.images import Batch, Images, fixed_permutation
+from sparsity.errors import InputError
 
 LEVELS = 16
 TEST_SHARE = 0.2
@@ -33,7 +34,7 @@ class Digits(Images):
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise ImportError('sklearn is missing: pip install "lightning-sparsity[data]"') from error
+            raise InputError('sklearn is missing: pip install "lightning-sparsity[data]"') from error
         digits = load_digits()
         levels, labels = torch.from_numpy(digits.images), torch.from_numpy(digits.target)
         order = fixed_permutation(len(labels))

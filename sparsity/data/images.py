@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from sparsity.errors import InputError
+
 Batch = tuple[Tensor, Tensor]
 
 PADDING = 4
@@ -56,7 +58,7 @@ class Images(pl.LightningDataModule):
     def __init__(self, batch_size: int = 128, validation: float = 0.1, augment: bool = False) -> None:
         super().__init__()
         if not 0 <= validation < 1:
-            raise ValueError(f"validation must be a share of the training images in [0, 1), got {validation}")
+            raise InputError(f"validation must be a share of the training images in [0, 1), got {validation}")
         self.batch_size = batch_size
         self.validation = validation
         self.augment = augment
@@ -111,7 +113,7 @@ class Images(pl.LightningDataModule):
     def _checked(self, split: str) -> Batch:
         images, labels = self.read(split)
         if images.shape[1] != len(self.mean):
-            raise ValueError(
+            raise InputError(
                 f"{type(self).__name__} expects images of {len(self.mean)} channel(s), "
                 f"got {images.shape[1]} in the {split} images; check that they are of this data set"
             )
@@ -119,7 +121,7 @@ class Images(pl.LightningDataModule):
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
         if not self.splits:
-            raise RuntimeError(f"{type(self).__name__} holds no images yet; call setup() first")
+            raise InputError(f"{type(self).__name__} holds no images yet; call setup() first")
         return DataLoader(self.splits[split], batch_size=self.batch_size, shuffle=shuffle, collate_fn=_as_is)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsity.data.images import Batch, Images
+from sparsity.errors import InputError
 
 IMAGE_FIELDS = ("image.bytes", "img.bytes")
 CHANNELS = {"L": 1, "RGB": 3}
@@ -84,7 +85,7 @@ def _load_hub(repository: str, split: str | None = None) -> Any:
     try:
         return datasets.load_dataset(repository, split=split)
     except Exception as error:  # the hub's errors have no common base class
-        raise RuntimeError(
+        raise InputError(
             f"could not load '{repository}' from the Hugging Face hub ({error}): "
             f"check the network connection, or pass {DATA_DIR}"
         ) from error
@@ -92,11 +93,11 @@ def _load_hub(repository: str, split: str | None = None) -> Any:
 
 def _files(folder: Path, split: str) -> list[Path]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder '{folder}': pass {DATA_DIR}")
+        raise InputError(f"no folder '{folder}': pass {DATA_DIR}")
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if not files:
         found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise FileNotFoundError(f"expected {split}-*.parquet in '{folder}', found {found}: pass {DATA_DIR}")
+        raise InputError(f"expected {split}-*.parquet in '{folder}', found {found}: pass {DATA_DIR}")
     return files
 
 
@@ -117,7 +118,7 @@ def _columns(name: str, table: Any) -> tuple[list[bytes | None], list[int]]:
     flat = table.flatten()
     image = next((field for field in IMAGE_FIELDS if field in flat.column_names), None)
     if image is None or "label" not in flat.column_names:
-        raise ValueError(
+        raise InputError(
             f"{name} has the columns {', '.join(flat.column_names)}: "
             "expected image or img, a struct with the field bytes, and label"
         )
@@ -130,9 +131,9 @@ def _pixels(encoded: bytes | None, where: str) -> Pixels:
         image = pillow.open(BytesIO(encoded or b""))
         values = image.tobytes()
     except (OSError, SyntaxError, ValueError) as error:  # all three come from Pillow's decoders
-        raise ValueError(f"{where} is not a readable image ({error}): download the file again") from error
+        raise InputError(f"{where} is not a readable image ({error}): download the file again") from error
     if image.mode not in CHANNELS:
-        raise ValueError(f"{where} is an image of mode {image.mode}, expected L or RGB: convert it first")
+        raise InputError(f"{where} is an image of mode {image.mode}, expected L or RGB: convert it first")
     return Pixels((image.height, image.width, CHANNELS[image.mode]), values)
 
 
@@ -141,7 +142,7 @@ def _stack(pixels: Sequence[Pixels]) -> Tensor:
     shapes = list(dict.fromkeys(image.shape for image in pixels))
     if len(shapes) != 1:
         found = " and ".join(map(str, shapes[:2])) or "no image"
-        raise ValueError(f"expected one (height, width, channels) of all images, found {found}: convert them")
+        raise InputError(f"expected one (height, width, channels) of all images, found {found}: convert them")
     values = torch.frombuffer(bytearray().join(image.values for image in pixels), dtype=torch.uint8)
     return values.view(-1, *shapes[0]).permute(0, 3, 1, 2).contiguous()
 
@@ -150,4 +151,4 @@ def _require(module: str, remedy: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module.partition('.')[0]} is missing: {remedy}") from error
+        raise InputError(f"{module.partition('.')[0]} is missing: {remedy}") from error

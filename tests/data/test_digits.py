@@ -7,6 +7,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsity import InputError
 from sparsity.data import Digits
 from sparsity.data.images import Batch
 
@@ -94,7 +95,7 @@ def test_the_constants_are_those_of_the_images() -> None:
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r'sklearn is missing: pip install "lightning-sparsity\[data\]"'):
+    with pytest.raises(InputError, match=r'sklearn is missing: pip install "lightning-sparsity\[data\]"'):
         Digits().setup()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
+from sparsity import InputError
 from sparsity.data import Images
 from sparsity.data import images as module
 from sparsity.data.images import Batch, Split, augmented, crop, mirror
@@ -138,7 +139,7 @@ def test_validation_is_a_share_of_the_training_images(validation: float, count: 
 
 @pytest.mark.parametrize("validation", [-0.1, 1.0, 5.0])
 def test_an_impossible_validation_share_is_refused(validation: float) -> None:
-    with pytest.raises(ValueError, match=rf"share .* in \[0, 1\), got {validation}"):
+    with pytest.raises(InputError, match=rf"share .* in \[0, 1\), got {validation}"):
         Numbered(validation=validation)
 
 
@@ -151,13 +152,13 @@ def test_setup_reads_once() -> None:
 
 
 def test_a_loader_before_setup_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"Numbered holds no images yet; call setup\(\)"):
+    with pytest.raises(InputError, match=r"Numbered holds no images yet; call setup\(\)"):
         Numbered().train_dataloader()
 
 
 def test_images_of_other_channels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Numbered, "mean", (0.5,))
-    with pytest.raises(ValueError, match=r"Numbered expects images of 1 channel\(s\), got 2 in the train"):
+    with pytest.raises(InputError, match=r"Numbered expects images of 1 channel\(s\), got 2 in the train"):
         ready()
 
 

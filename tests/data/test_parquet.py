@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sparsity import InputError
 from sparsity.data.parquet import ParquetImages, read_hub, read_split
 
 GREY = torch.randint(256, (5, 1, 6, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -89,16 +90,16 @@ def test_the_home_folder_may_be_written_short(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no folder '.*nowhere': pass data_dir=<folder with"):
+    with pytest.raises(InputError, match=r"no folder '.*nowhere': pass data_dir=<folder with"):
         read_split(tmp_path / "nowhere", "train")
 
 
 def test_a_folder_without_the_split(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"expected train-\*.parquet in '.*', found nothing: pass"):
+    with pytest.raises(InputError, match=r"expected train-\*.parquet in '.*', found nothing: pass"):
         read_split(tmp_path, "train")
     (tmp_path / "mnist").mkdir()
     write_images(tmp_path / "test-0.parquet", GREY, LABELS)
-    with pytest.raises(FileNotFoundError, match=r"in '.*', found mnist, test-0.parquet: pass data_dir="):
+    with pytest.raises(InputError, match=r"in '.*', found mnist, test-0.parquet: pass data_dir="):
         read_split(tmp_path, "train")
 
 
@@ -112,7 +113,7 @@ def test_a_folder_without_the_split(tmp_path: Path) -> None:
 )
 def test_missing_columns(tmp_path: Path, columns: dict[str, list[Any]], found: str) -> None:
     pq.write_table(pa.table(columns), tmp_path / "train-0.parquet")
-    with pytest.raises(ValueError, match=rf"train-0.parquet' has the columns {found}: expected image or img"):
+    with pytest.raises(InputError, match=rf"train-0.parquet' has the columns {found}: expected image or img"):
         read_split(tmp_path, "train")
 
 
@@ -121,13 +122,13 @@ def test_images_of_several_sizes(tmp_path: Path, other: Tensor) -> None:
     write_images(tmp_path / "train-0.parquet", GREY, LABELS)
     write_images(tmp_path / "train-1.parquet", other, LABELS)
     sizes = rf"\(6, 4, 1\) and \({other.shape[2]}, 4, {other.shape[1]}\)"
-    with pytest.raises(ValueError, match=rf"expected one \(height, .*\) of all images, found {sizes}"):
+    with pytest.raises(InputError, match=rf"expected one \(height, .*\) of all images, found {sizes}"):
         read_split(tmp_path, "train")
 
 
 def test_no_image_at_all(tmp_path: Path) -> None:
     write(tmp_path / "train-0.parquet", [], [])
-    with pytest.raises(ValueError, match="of all images, found no image"):
+    with pytest.raises(InputError, match="of all images, found no image"):
         read_split(tmp_path, "train")
 
 
@@ -138,14 +139,14 @@ def test_no_image_at_all(tmp_path: Path) -> None:
 )
 def test_a_broken_image_is_named(tmp_path: Path, broken: bytes | None) -> None:
     write(tmp_path / "train-0.parquet", [encode(COLOUR[0]), broken], [0, 1])
-    with pytest.raises(ValueError, match=r"row 1 of '.*train-0.parquet' is not a readable image \(.+\): "):
+    with pytest.raises(InputError, match=r"row 1 of '.*train-0.parquet' is not a readable image \(.+\): "):
         read_split(tmp_path, "train")
 
 
 def test_an_image_with_transparency_is_refused(tmp_path: Path) -> None:
     transparent = torch.zeros(4, 6, 4, dtype=torch.uint8)
     write(tmp_path / "train-0.parquet", [encode(transparent)], [0])
-    with pytest.raises(ValueError, match=r"row 0 of '.*' is an image of mode RGBA, expected L or RGB"):
+    with pytest.raises(InputError, match=r"row 0 of '.*' is an image of mode RGBA, expected L or RGB"):
         read_split(tmp_path, "train")
 
 
@@ -153,7 +154,7 @@ def test_an_image_with_transparency_is_refused(tmp_path: Path) -> None:
 def test_a_missing_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, name: str) -> None:
     write_images(tmp_path / "train-0.parquet", GREY, LABELS)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=rf'{name} is missing: pip install "lightning-sparsity\[data\]"'):
+    with pytest.raises(InputError, match=rf'{name} is missing: pip install "lightning-sparsity\[data\]"'):
         read_split(tmp_path, "train")
 
 
@@ -189,7 +190,7 @@ def test_an_error_of_the_hub_names_the_repository(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     message = r"could not load 'somebody/photographs' from .* \(no route to host\): .* or pass data_dir="
-    with pytest.raises(RuntimeError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         read_hub("somebody/photographs", "train")
     assert caught.value.__cause__ is cause
 
@@ -197,7 +198,7 @@ def test_an_error_of_the_hub_names_the_repository(monkeypatch: pytest.MonkeyPatc
 def test_the_hub_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     message = r'datasets is missing: pass data_dir=<.*>, or pip install "lightning-sparsity\[hub\]"'
-    with pytest.raises(ImportError, match=message):
+    with pytest.raises(InputError, match=message):
         read_hub("somebody/photographs", "train")
 
 

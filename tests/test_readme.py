@@ -1,0 +1,46 @@
+"""The README's code runs, and what it says of files is true."""
+
+import re
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from tests.nets import Batches, task, trainer
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def quiet(callbacks: list[pl.Callback], **settings: object) -> pl.Trainer:
+        return trainer(*callbacks, epochs=2)
+
+    names: dict[str, object] = {"Trainer": quiet, "model": task(), "datamodule": Batches()}
+    exec(compile(block, "README.md", "exec"), names)
+    if "trainer.fit" in block:
+        model = names["model"]
+        assert isinstance(model, nn.Module)
+        weights = [m.weight for m in set(model.modules()) if isinstance(m, nn.Linear | nn.Conv2d)]
+        distinct = {id(weight): weight for weight in weights}.values()
+        total = sum(weight.numel() for weight in distinct)
+        assert sum(int(weight.count_nonzero()) for weight in distinct) == round(0.1 * total)
+    if "print(" in block:
+        assert float(capsys.readouterr().out) == round(0.1 * 22_200) / 22_200
+
+
+@pytest.mark.parametrize("page", ["README.md", "recipes/README.md"])
+def test_links_lead_to_files(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_commands_name_files_that_exist() -> None:
+    for path in re.findall(r"recipes/[\w/]+\.yaml", README):
+        assert (ROOT / path).is_file(), path
+    assert torch.__version__.split("+")[0] in (ROOT / "constraints.txt").read_text()

@@ -1,0 +1,184 @@
+"""The command line, called as a user would."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import train
+from sparsity import masks
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "digits_lamp.yaml"
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+def call(folder: Path, *args: str) -> None:
+    """Runs `python train.py ...` in this process, below a folder of its own."""
+    sys.argv = ["train.py", *args, f"--trainer.default_root_dir={folder}", *QUIET]
+    train.main()
+
+
+def fit(folder: Path, *args: str) -> None:
+    call(folder, "fit", "--config", str(RECIPE), "--trainer.max_epochs=2", *args)
+
+
+def newest(folder: Path, name: str) -> Path:
+    return max(folder.rglob(name), key=lambda path: path.stat().st_mtime_ns)
+
+
+def read(folder: Path) -> dict:  # type: ignore[type-arg]
+    found: dict = json.loads(newest(folder, "report.json").read_text())  # type: ignore[type-arg]
+    return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(newest(folder, "last.ckpt"), weights_only=True)["state_dict"]
+    return state
+
+
+# Lightning says so whenever a new run, with a log folder of its own, goes on from a checkpoint of another.
+new_log_folder = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def restore_argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+def test_fit_leaves_the_report_and_prints_its_path_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path)
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {newest(tmp_path, 'report.json')}"
+    report = read(tmp_path)
+    assert list(report) == ["recipe", "seed", "metrics", "sparsity", "flops", "bytes", "versions"]
+    assert (report["recipe"], report["seed"]) == ("digits_lamp", 1)
+    assert report["sparsity"]["target"] == report["sparsity"]["achieved"] == 0.9
+    assert {name: row["shape"] for name, row in report["sparsity"]["layers"].items()} == {
+        "net.fc1.weight": [300, 64], "net.fc2.weight": [100, 300], "net.fc3.weight": [10, 100],
+    }  # fmt: skip
+    assert {"train/loss", "train/acc", "val/loss", "val/acc"} == set(report["metrics"])
+    kept = {name: int(value.count_nonzero()) for name, value in weights(tmp_path).items() if name.endswith("weight")}
+    assert sum(kept.values()) == 5020
+    for name, row in report["sparsity"]["layers"].items():
+        assert row["density"] == kept[name] / weights(tmp_path)[name].numel()
+    # Each multiply-add is two operations: LeNet-300-100 does one for each weight.
+    assert report["flops"] == {"dense": 2 * 50_200, "sparse": 2 * 5_020}
+    assert report["bytes"]["dense"] == 4 * (50_200 + 410)
+    assert newest(tmp_path, "density.png").stat().st_size > 5_000
+
+
+@new_log_folder
+def test_validate_test_and_oneshot_work_on_a_checkpoint(tmp_path: Path) -> None:
+    fit(tmp_path)
+    checkpoint = str(newest(tmp_path, "last.ckpt"))
+    call(tmp_path, "validate", "--config", str(RECIPE), "--ckpt_path", checkpoint)
+    assert set(read(tmp_path)["metrics"]) == {"val/loss", "val/acc"}
+    call(tmp_path, "test", "--config", str(RECIPE), "--ckpt_path=last")
+    assert set(read(tmp_path)["metrics"]) == {"test/loss", "test/acc"}
+    assert read(tmp_path)["sparsity"]["achieved"] == 0.9
+    call(tmp_path, "oneshot", "--config", str(RECIPE), "--ckpt_path", checkpoint, "--sparsity.sparsity=0.95")
+    assert read(tmp_path)["sparsity"]["achieved"] == 0.95
+    pruned = torch.load(newest(tmp_path, "oneshot.ckpt"), weights_only=True)["state_dict"]
+    assert sum(int(value.count_nonzero()) for name, value in pruned.items() if name.endswith("weight")) == 2510
+
+
+def test_dense_baseline_of_the_same_recipe(tmp_path: Path) -> None:
+    fit(tmp_path, "--sparsity=null")
+    report = read(tmp_path)
+    assert report["sparsity"]["target"] == report["sparsity"]["achieved"] == 0.0
+    assert report["flops"]["dense"] == report["flops"]["sparse"]
+
+
+@pytest.mark.parametrize("method", ["GMP", "OneShot", "StaticMask", "GlobalMP"])
+def test_another_method_at_the_same_budget(method: str, tmp_path: Path) -> None:
+    fit(tmp_path, f"--sparsity={method}")
+    assert read(tmp_path)["sparsity"]["achieved"] == 0.9
+
+
+def test_quoted_pattern_override(tmp_path: Path) -> None:
+    fit(tmp_path, "--sparsity=OneShot", "--sparsity.sparsity=0.5", "--sparsity.pattern=2:4")
+    assert {row["pattern"] for row in read(tmp_path)["sparsity"]["layers"].values()} == {"2:4"}
+    mask = masks.from_zeros({"fc1": weights(tmp_path)["net.fc1.weight"]})["fc1"]
+    assert bool((mask.view(300, 16, 4).sum(-1) == 2).all())
+
+
+def test_the_saved_config_runs_again_identically(tmp_path: Path) -> None:
+    fit(tmp_path / "one")
+    saved = newest(tmp_path / "one", "config.yaml")
+    call(tmp_path / "two", "fit", "--config", str(saved))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@new_log_folder
+def test_resume_from_last(tmp_path: Path) -> None:
+    fit(tmp_path / "whole", "--trainer.max_epochs=4")
+    fit(tmp_path / "parts", "--trainer.max_epochs=4")
+    fit(tmp_path / "parts", "--trainer.max_epochs=6", "--ckpt_path=last")
+    saved = torch.load(newest(tmp_path / "parts", "last.ckpt"), weights_only=True)
+    assert saved["epoch"] == 5
+    assert saved["callbacks"]["Sparsify"]["step"] == saved["global_step"] == 6 * 21
+    assert read(tmp_path / "parts")["sparsity"]["achieved"] == 0.9
+
+
+ERRORS = {
+    "--sparsity=Lamb": r"error: sparsity: no class is called 'Lamb'\ngot: Lamb\ntry: one of: ConstantMask, GMP, ",
+    "--sparsity.sparsty=0.3": r"error: .*Option 'sparsty' is not accepted\ntry: sparsity, one of: sparsity, schedule",
+    "--sparsity.sparsity=1.5": r"sparsity is the fraction of zeros and must lie in \[0, 1\), got 1.5",
+    "--sparsity.sparsity=many": r"Expected a <class 'float'>. Got value: many",
+    "--sparsity.pattern=124": r'pattern must be text, got the number 124: .*; write "2:4"',
+    "--sparsity.pattern=2-4": r"unknown pattern '2-4'",
+    "--sparsity.schedule=Cubik": r"no class is called 'Cubik'",
+    "--sparsity.schedule.end=5000": r"end=5000 is step 5000, after the end of training at step 42",
+    "--sparsity.schedule.endd=0.5": r"Option 'endd' is not accepted\ntry: end, one of: start, end, every, initial",
+    "--trainer.max_epoch=3": r"unrecognized arguments: --trainer.max_epoch=3",
+    "--trainer.max_epochs=-1": r"a fraction of a training without end",
+    "--sparsity=ConstantMask": r"no pruned weights, so there is nothing to keep",
+    "--sparsity.sparsity=0.999999": r"cannot be met over 50200 .*: it keeps none; the highest that can is 0.99998",
+    "--ckpt_path=nowhere.ckpt": r"no checkpoint at 'nowhere.ckpt'",
+    "--ckpt_path=last": r"no last.ckpt under '.*': train with ModelCheckpoint\(save_last=True\)",
+    "--data=Digit": r"no class is called 'Digit'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", ERRORS)
+def test_bad_input_is_refused_in_plain_lines(argument: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path, argument)
+    assert stop.value.code == 2
+    complaint = capsys.readouterr().err
+    complaint = complaint[complaint.index("error: ") :].strip()
+    assert re.search(ERRORS[argument], complaint), complaint
+    assert len(complaint.splitlines()) <= 3
+    assert "Traceback" not in complaint
+    assert not list(tmp_path.rglob("report.json"))
+
+
+def test_an_unquoted_pattern_in_a_recipe_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = yaml.safe_load(RECIPE.read_text())
+    text = RECIPE.read_text().replace("    sparsity: 0.9 ", "    pattern: 2:4\n    sparsity: 0.9 ")
+    assert recipe != yaml.safe_load(text)
+    (tmp_path / "unquoted.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        call(tmp_path, "fit", "--config", str(tmp_path / "unquoted.yaml"))
+    assert 'got the number 124: YAML reads an unquoted N:M so; write "2:4"' in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path)
+    whole = newest(tmp_path, "last.ckpt").read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SystemExit):
+        call(tmp_path, "test", "--config", str(RECIPE), "--ckpt_path", str(tmp_path / "half.ckpt"))
+    assert re.search(r"error: the checkpoint '.*half.ckpt' is truncated or corrupt", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("recipe", ["mnist_lenet300_lamp", "cifar10_resnet20_gmp"])
+def test_a_missing_data_folder_is_named(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call(tmp_path, "fit", "--config", str(ROOT / f"recipes/{recipe}.yaml"), f"--data.data_dir={tmp_path}/none")
+    assert re.search(r"error: no folder '.*/none': pass", capsys.readouterr().err)
