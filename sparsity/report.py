@@ -108,12 +108,15 @@ def figure(report: Report) -> "Figure":
     picture = Figure(figsize=(8, 1.5 + 0.3 * len(rows)), layout="constrained")
     axes = picture.add_subplot()
     bars = axes.barh(list(rows), [row["density"] for row in rows.values()], color="#4477aa")
-    axes.bar_label(bars, [f"{row['density']:.3f}" for row in rows.values()], padding=3, fontsize=8)
-    axes.axvline(overall, color="#cc6677", linestyle="--", label=f"all targets: {overall:.3f}")
-    axes.set(xlim=(0, 1.1), xlabel="density (kept / all weights)", title="Density of each layer")
+    numbers = [f"{row['density']:.3f}" for row in rows.values()]
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axes.axvline(overall, color="#cc6677", linestyle="--", label=f"all targets: {overall:.3f}", zorder=0)
+    axes.bar_label(bars, numbers, padding=4, fontsize=8, bbox=white)
+    axes.set(xlim=(0, 1.1), xlabel="density (kept / all weights)")
+    axes.set_title("Density of each layer", loc="left")
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     return picture
 
 

@@ -73,14 +73,14 @@ class Sparsifier:
         for name, weight in weights.items():
             self.pattern.check(name, tuple(weight.shape))
         self._owners = {name: _owner(model, weight) for name, weight in weights.items()}
-        self._optimizers, self.seed = optimizers, seed
+        self._optimizers = optimizers
         self._plan = self.schedule.plan(self.sparsity, horizon or Horizon())
         self._steps = sorted(self._plan)
         loaded, self._loaded = self._loaded, False
         if loaded:
             self.masks = self._placed(self.masks)
         elif model is not self._model:
-            self.masks, self.renewed = self.first_masks(), -1
+            self.masks, self.renewed, self.seed = self.first_masks(), -1, seed
         self._model = model
         self.check_budget()
         if not self.score.needs_gradient and not loaded:
@@ -148,12 +148,12 @@ class Sparsifier:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes during training: tensors and primitives, one bit per target weight."""
-        return {"masks": masks.to_state(self.masks), "renewed": self.renewed}
+        return {"masks": masks.to_state(self.masks), "renewed": self.renewed, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a saved state; before `attach`, which then checks it against the model, or after."""
         restored = masks.from_state(state["masks"])
-        self.masks, self.renewed = restored, int(state["renewed"])
+        self.masks, self.renewed, self.seed = restored, int(state["renewed"]), int(state["seed"])
         if self._model is None:
             self._loaded = True
         else:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from callbacks import GMP, LAMP, ConstantMask, GlobalMP, OneShot, Sparsify, StaticMask
@@ -88,6 +88,16 @@ class Watch(pl.Callback):
         assert self.sparsities[-1] >= self.sparsities[-2], "a pruned weight returned"
 
 
+class SaveEpochs(Checkpoint):
+    """Saves a checkpoint at the end of every epoch, after all other callbacks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt", weights_only=False)
+
+
 def start(name: str, make_optimizer: MakeOptimizer = sgd, seed: int = 0) -> tuple[Task, Sparsify]:
     """A fresh task and method; ConstantMask gets a network that is already pruned."""
     model = task(seed, make_optimizer)
@@ -164,18 +174,15 @@ def test_other_seed_other_random_masks(name: str) -> None:
 def test_resume_equals_the_uninterrupted_run(
     name: str, make_optimizer: MakeOptimizer, epoch: int, tmp_path: Path
 ) -> None:
-    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     model, method = start(name, make_optimizer)
-    whole = trainer(method, saver, epochs=4, enable_checkpointing=True)
+    whole = trainer(method, SaveEpochs(tmp_path), epochs=4, enable_checkpointing=True)
     whole.fit(model, Batches())
 
     again, resumed = task(5, make_optimizer), METHODS[name]()
     watch = Watch(resumed)
     watch.steps = 6 * (epoch + 1)
-    second = trainer(
-        resumed, watch, ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), epochs=4, enable_checkpointing=True
-    )
-    second.fit(again, Batches(), ckpt_path=str(tmp_path / f"epoch={epoch}.ckpt"), weights_only=True)
+    second = trainer(resumed, watch, epochs=4)
+    second.fit(again, Batches(), ckpt_path=str(tmp_path / f"{epoch}.ckpt"), weights_only=True)
 
     assert watch.steps == resumed.step == method.step == 24
     assert masks.fingerprint(resumed.sparsifier.masks) == masks.fingerprint(method.sparsifier.masks)

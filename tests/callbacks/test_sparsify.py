@@ -45,7 +45,7 @@ def test_one_line_in_a_lightning_pytorch_trainer() -> None:
     )  # fmt: skip
     batches = torch.randn(5, 4, 12)
     loader = Batches()
-    loader.batches = list(batches)  # type: ignore[arg-type]  # no labels here
+    loader.batches = list(batches)
     runner.fit(model, loader)
     assert int(model.net.weight.count_nonzero()) == round(0.1 * 96) == 10
 
