@@ -198,11 +198,11 @@ def test_logs_for_every_logger_and_per_layer_on_tensorboard(tmp_path: Path) -> N
         assert last.value == pytest.approx(1 - float(mask.float().mean()), abs=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"fast_dev_run": True}, {"barebones": True}, {"max_time": "00:00:01:00"}])
+@pytest.mark.parametrize(
+    "settings", [{"fast_dev_run": True}, {"barebones": True}, {"max_time": "00:00:01:00", "log_every_n_steps": 1}]
+)
 def test_unusual_trainers_run(settings: dict[str, Any]) -> None:
-    runner = pl.Trainer(
-        accelerator="cpu", callbacks=[method := LAMP(sparsity=0.5)], max_epochs=1, log_every_n_steps=1, **settings
-    )
+    runner = pl.Trainer(accelerator="cpu", callbacks=[method := LAMP(sparsity=0.5)], max_epochs=1, **settings)
     runner.fit(task(), Batches())
     assert method.sparsifier.density() == 0.5
 
