@@ -8,6 +8,7 @@ import difflib
 import inspect
 import re
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -130,6 +131,9 @@ def _last(folder: Path) -> Path:
 
 def main(args: ArgsType = None) -> None:
     """Runs the command line; input that cannot work ends it with a plain message and status 2."""
+    # Lightning's own call, and its advice to add workers, which data in memory does not need.
+    warnings.filterwarnings("ignore", r".*LeafSpec\)` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", ".*does not have many workers")
     try:
         SparsityCLI(
             LightningModule,

@@ -36,7 +36,7 @@ class Sparsify(Callback):
         self._attached = False
         self._clock: Optimizer | None = None
         self._hooks: list[RemovableHandle] = []
-        self._logged: int | None = None
+        self._seen: int | None = None
         self._achieved = 0.0
 
     @property
@@ -69,7 +69,7 @@ class Sparsify(Callback):
             self.step = 0
         # The optimizer's state was restored since the masks were attached.
         self.sparsifier.apply()
-        self._logged = None
+        self._seen = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self.sparsifier.update(self.step)
@@ -79,10 +79,13 @@ class Sparsify(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        renewed = self._seen != self.sparsifier.renewed
+        if renewed:
+            self._seen, self._achieved = self.sparsifier.renewed, 1 - self.sparsifier.density()
+            self._check_ranks(trainer, pl_module)
         if trainer.barebones:
             return
-        if self._logged != self.sparsifier.renewed:
-            self._logged, self._achieved = self.sparsifier.renewed, 1 - self.sparsifier.density()
+        if renewed:
             self._log_layers(trainer)
         pl_module.log("sparsity/global", self._achieved, prog_bar=True)
         pl_module.log("sparsity/target", self.sparsifier.target(max(0, self.step - 1)))
@@ -149,6 +152,14 @@ class Sparsify(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def _check_ranks(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After each renewal: all ranks have to hold the same masks, which nothing broadcasts."""
+        if trainer.world_size > 1:
+            mine = torch.tensor(int(masks.fingerprint(self.sparsifier.masks)[:15], 16), device=pl_module.device)
+            hashes = torch.as_tensor(pl_module.all_gather(mine)).flatten().tolist()
+            if len(set(hashes)) > 1:
+                raise RuntimeError(f"the masks differ between ranks after the renewal at step {self._seen}: {hashes}")
 
     @rank_zero_only
     def _log_layers(self, trainer: Trainer) -> None:

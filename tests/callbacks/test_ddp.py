@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import LAMP, Sparsify, StaticMask
@@ -55,3 +56,24 @@ def test_ranks_agree_on_masks_and_weights(name: str, monkeypatch: pytest.MonkeyP
     )
     runner.fit(Task(), DataLoader(data, batch_size=6, shuffle=True))
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "12 steps", "1": "12 steps"}
+
+
+class OneRankDiffers(pl.Callback):
+    """Turns one mask upside down on rank 1."""
+
+    def __init__(self, method: Sparsify) -> None:
+        self.method = method
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_rank == 1:
+            self.method.sparsifier.masks["net.fc.weight"].logical_not_()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_masks_that_differ_between_ranks_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    method = StaticMask(sparsity=0.9)
+    runner = trainer(method, OneRankDiffers(method), strategy="ddp_fork_find_unused_parameters_true", devices=2)
+    data = TensorDataset(torch.randn(48, 4, 6, 6), torch.randint(0, 3, (48,)))
+    with pytest.raises(ProcessRaisedException, match="the masks differ between ranks"):
+        runner.fit(Task(), DataLoader(data, batch_size=6))
