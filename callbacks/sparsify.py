@@ -83,6 +83,7 @@ class Sparsify(Callback):
         if renewed:
             self._seen, self._achieved = self.sparsifier.renewed, 1 - self.sparsifier.density()
             self._check_ranks(trainer, pl_module)
+            self._warn_of_empty_layers()
         if trainer.barebones:
             return
         if renewed:
@@ -160,6 +161,14 @@ class Sparsify(Callback):
             hashes = torch.as_tensor(pl_module.all_gather(mine)).flatten().tolist()
             if len(set(hashes)) > 1:
                 raise RuntimeError(f"the masks differ between ranks after the renewal at step {self._seen}: {hashes}")
+
+    def _warn_of_empty_layers(self) -> None:
+        empty = [name for name, count in masks.counts(self.sparsifier.masks).items() if count == 0]
+        if empty:
+            rank_zero_warn(
+                f"no weight is left in {empty}, which may cut the network in two: LAMP keeps some in every layer, and "
+                "so do GlobalMP(minimum=...) and the distributions Uniform and ERK"
+            )
 
     @rank_zero_only
     def _log_layers(self, trainer: Trainer) -> None:

@@ -1,3 +1,4 @@
+import math
 import os
 import subprocess
 import sys
@@ -17,13 +18,13 @@ HALVES = [torch.float16, torch.bfloat16]
 
 def lamp_by_pairs(weight: Tensor) -> Floats:
     """Equation 4 of the paper, one weight at a time: w_u^2 over the sum of the w_v^2 that u does not outrank."""
-    w = weight.detach().double().abs().flatten().numpy()
-    scores = np.zeros_like(w)
+    w: list[float] = weight.detach().double().abs().flatten().tolist()
+    scores = np.zeros(len(w))
     for u in range(len(w)):
         at_least = [w[v] ** 2 for v in range(len(w)) if w[v] > w[u] or (w[v] == w[u] and v <= u)]
         if w[u] > 0:
-            scores[u] = w[u] ** 2 / np.sum(at_least)
-    return scores.reshape(weight.shape)
+            scores[u] = w[u] ** 2 / math.fsum(at_least)
+    return scores.reshape(tuple(weight.shape))
 
 
 def lamp_by_ranks(weight: Tensor) -> Floats:
@@ -31,24 +32,24 @@ def lamp_by_ranks(weight: Tensor) -> Floats:
     magnitudes = np.abs(weight.detach().double().numpy().ravel())
     order = np.argsort(-magnitudes, kind="stable")
     squares = magnitudes[order] ** 2
-    scores = np.empty_like(squares)
+    scores = np.empty(len(squares))
     scores[order] = squares / np.cumsum(squares)
-    return scores.reshape(weight.shape)
+    return scores.reshape(tuple(weight.shape))
 
 
-def gradient_free(score: Score, weight: Tensor, seed: str = "0", keep: Tensor | None = None) -> Tensor:
+def score_alone(score: Score, weight: Tensor, seed: str = "0", keep: Tensor | None = None) -> Tensor:
     kept = torch.ones_like(weight, dtype=torch.bool) if keep is None else keep
     return Scores(score, {"layer.weight": weight}, {"layer.weight": kept}, seed)["layer.weight"]
 
 
 @pytest.mark.parametrize("shape", [(1,), (5,), (4, 5), (2, 9, 1), (6, 3, 2, 2)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_lamp_is_equation_4(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-7), (torch.float64, 1e-14)], ids=str)
+def test_lamp_is_equation_4(shape: tuple[int, ...], dtype: torch.dtype, rtol: float) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     scores = lamp(weight)
     assert scores.dtype == dtype
     assert scores.shape == shape
-    np.testing.assert_allclose(scores.numpy(), lamp_by_pairs(weight), rtol=torch.finfo(dtype).eps)
+    np.testing.assert_allclose(scores.numpy(), lamp_by_pairs(weight), rtol=rtol)
 
 
 def test_lamp_by_hand() -> None:
@@ -118,13 +119,13 @@ def test_half_precision_is_scored_in_float32(dtype: torch.dtype, function: objec
 def test_magnitude() -> None:
     weight = nn.Parameter(torch.tensor([[1.5, -2.5], [-0.0, 0.0]]))
     assert torch.equal(magnitude(weight), torch.tensor([[1.5, 2.5], [0.0, 0.0]]))
-    assert torch.equal(gradient_free(Magnitude(), weight), magnitude(weight))
+    assert torch.equal(score_alone(Magnitude(), weight), magnitude(weight))
 
 
 def test_scores_are_new_tensors() -> None:
     weight = torch.tensor([3.0, 2.0, 1.0])
     for score in (Magnitude(), Lamp(), Random()):
-        gradient_free(score, weight, keep=torch.tensor([True, False, True]))
+        score_alone(score, weight, keep=torch.tensor([True, False, True]))
     assert weight.tolist() == [3.0, 2.0, 1.0]
 
 
@@ -144,14 +145,14 @@ def test_random_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    gradient_free(Random(), torch.zeros(4, 5))
+    score_alone(Random(), torch.zeros(4, 5))
     assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("score", [Magnitude(), Lamp(), Random()], ids=lambda score: type(score).__name__)
 def test_pruned_weights_come_last(score: Score) -> None:
     weight = torch.tensor([0.0, 5.0, 1.0, 0.0])
-    scores = gradient_free(score, weight, keep=torch.tensor([True, False, True, False]))
+    scores = score_alone(score, weight, keep=torch.tensor([True, False, True, False]))
     assert scores.isneginf().tolist() == [False, True, False, True]
     assert (scores[[0, 2]] >= 0).all()
 
@@ -163,7 +164,7 @@ def test_scores_refuse_what_is_not_finite(score: Score, value: float) -> None:
     weight[1, 2] = weight[2, 0] = value
     message = r"'layer\.weight' cannot be ranked: 2 of its 12 weights are NaN or infinite\. .* last good checkpoint"
     with pytest.raises(ValueError, match=message):
-        gradient_free(score, weight)
+        score_alone(score, weight)
 
 
 def test_scores_are_a_mapping_of_one_dtype() -> None:
@@ -187,19 +188,21 @@ def test_scores_hand_over_the_gradient() -> None:
             return gradient.clone()
 
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
-    weight.square().sum().backward()
-    assert gradient_free(Gradient(), weight).tolist() == [2.0, 4.0]
+    weight.grad = torch.tensor([2.0, 4.0])
+    assert score_alone(Gradient(), weight).tolist() == [2.0, 4.0]
 
 
 def test_a_score_without_a_formula_says_so() -> None:
     with pytest.raises(NotImplementedError, match="Score defines no score"):
-        gradient_free(Score(), torch.ones(2))
+        score_alone(Score(), torch.ones(2))
 
 
 # Memory. The peak is read as VmHWM, because ru_maxrss of a child starts at the peak of the process that started it.
 PROBE = """
 import torch
 from sparsity import distributions, masks, ops, patterns, scores
+
+torch.set_num_threads(1)
 
 def peak():
     status = open("/proc/self/status").read()
@@ -252,11 +255,11 @@ def test_memory_of_a_global_selection_by_lamp() -> None:
     rise = rise_of_peak("""
 scores.SLAB = ops.select.CHUNK = 2**16
 select(scores.Lamp(), *layers(2, 0.01))
-weights, kept = layers(12, 1)
+weights, kept = layers(8, 1)
 chosen = select(scores.Lamp(), weights, kept)
 """)
-    masks, layer, slab = 12 * 1, 4, 4
-    assert rise - masks < 4 * layer + slab  # all scores together take 12 layers
+    masks, layer, slab = 8 * 1, 4, 4
+    assert rise - masks < 4 * layer + slab  # all scores together take 8 layers
 
 
 @linux

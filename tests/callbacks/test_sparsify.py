@@ -244,6 +244,13 @@ def test_hooks_are_gone_after_fit_and_after_an_exception() -> None:
     assert not runner.optimizers[0]._optimizer_step_post_hooks
 
 
+def test_a_layer_that_is_emptied_is_named() -> None:
+    model = task()
+    model.net.head.weight.data.mul_(1e-6)
+    with pytest.warns(UserWarning, match=r"no weight is left in \['net.head.weight'\], .*GlobalMP"):
+        trainer(OneShot(sparsity=0.5), epochs=1).fit(model, Batches())
+
+
 def test_a_model_without_targets_or_with_an_unknown_glob_is_refused() -> None:
     method = LAMP(sparsity=0.5, targets=Targets(include=["nat.*"]))
     with pytest.raises(InputError, match=r"'nat.\*' matches no parameter of the model; the nearest names are \['net"):
