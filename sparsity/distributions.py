@@ -19,15 +19,11 @@ Counts = dict[str, int]
 def budget(shapes: Shapes, density: float) -> int:
     """The number of weights kept at this density: the nearest integer to density * (number of weights).
 
-    Raises `InputError` if the density is not in (0, 1] or nothing would be kept.
+    Raises `InputError` if the density is not in (0, 1].
     """
     if not 0 < density <= 1:
         raise InputError(f"density must lie in (0, 1], got {density}")
-    total = sum(_sizes(shapes).values())
-    kept = round(density * total)
-    if kept == 0:
-        raise InputError(_infeasible(density, "it keeps none", 1, total))
-    return kept
+    return round(density * sum(_sizes(shapes).values()))
 
 
 def uniform(shapes: Shapes, density: float) -> Counts:
@@ -43,15 +39,16 @@ def uniform_plus(shapes: Shapes, density: float) -> Counts:
     sizes, kept = _sizes(shapes), budget(shapes, density)
     total, first, last = sum(sizes.values()), next(iter(sizes)), next(reversed(sizes))
     held = {first: sizes[first]} if len(shapes[first]) == 4 and first != last else {}
-    if kept - sum(held.values()) < 0.2 * (total - sum(held.values())):
-        held[last] = math.ceil(0.2 * sizes[last])
+    common, fifth = (kept - sum(held.values())) / (total - sum(held.values())), -(-sizes[last] // 5)
+    if common * sizes[last] < fifth:
+        held[last] = fifth
     rest = {name: size for name, size in sizes.items() if name not in held}
     room = kept - sum(held.values())
     if room < len(rest):
         least = sum(held.values()) + len(rest)
         raise InputError(_infeasible(density, "uniform+ keeps more in the first and last layer", least, total))
-    share = {name: held.get(name, room * size / max(1, sum(rest.values()))) for name, size in sizes.items()}
-    return _whole(share, shapes, density)
+    found = held | _rounded({name: room * size / sum(rest.values()) for name, size in rest.items()}, rest, room)
+    return {name: found[name] for name in shapes}
 
 
 def er(shapes: Shapes, density: float) -> Counts:
@@ -139,9 +136,10 @@ class Global(Distribution):
     def __call__(self, scores: Mapping[str, Tensor], density: float) -> Counts:
         sizes = _sizes(_shapes(scores))
         kept, total = budget(_shapes(scores), density), sum(sizes.values())
-        least = {name: min(size, math.ceil(self.minimum * total)) for name, size in sizes.items()}
-        if sum(least.values()) > kept:
-            raise InputError(_infeasible(density, f"minimum={self.minimum} keeps more", sum(least.values()), total))
+        least = {name: min(size, math.ceil(round(self.minimum * total, 6))) for name, size in sizes.items()}
+        if kept < max(1, sum(least.values())):
+            reason = f"minimum={self.minimum} keeps more" if self.minimum else "it keeps none"
+            raise InputError(_infeasible(density, reason, max(1, sum(least.values())), total))
         counts: Counts = {}
         while True:
             free = _Some(scores, [name for name in scores if name not in counts])
@@ -213,10 +211,18 @@ def _highest(scores: _Some, count: int) -> Counts:
 
 
 def _whole(share: Mapping[str, float], shapes: Shapes, density: float) -> Counts:
-    """The shares as whole counts of at least one, summing to the budget, by the largest remainders."""
+    """The shares as whole counts of at least one, summing to the budget; what is full or whole by rule stays so."""
     sizes, kept = _sizes(shapes), budget(shapes, density)
     if kept < len(sizes):
         raise InputError(_infeasible(density, "it empties layers", len(sizes), sum(sizes.values())))
+    full = {name: sizes[name] for name in sizes if share[name] >= sizes[name]}
+    rest = {name: value for name, value in share.items() if name not in full}
+    counts = full | _rounded(rest, sizes, kept - sum(full.values()))
+    return {name: counts[name] for name in shapes}
+
+
+def _rounded(share: Mapping[str, float], sizes: Mapping[str, int], kept: int) -> Counts:
+    """The shares as whole counts of at least one that sum to `kept`, by the largest remainders."""
     counts = {name: max(1, math.floor(value)) for name, value in share.items()}
     by_remainder = sorted(share, key=lambda name: math.floor(share[name]) - share[name])
     while missing := kept - sum(counts.values()):

@@ -61,30 +61,43 @@ class Pattern:
         """The fewest weights the pattern keeps in a tensor of this shape."""
         return 0
 
-    def fit(self, counts: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        """The counts, raised where the pattern keeps more, and lowered elsewhere to the same sum.
+    def fit(
+        self, counts: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], most: Mapping[str, int] | None = None
+    ) -> dict[str, int]:
+        """The counts with the same sum, at least what the pattern keeps and at most `most` (all weights if not given).
 
         Raises `InputError` if the sum is below what the pattern keeps.
         """
         least = {name: self.least(shapes[name]) for name in counts}
-        spare = [max(0, count - least[name]) for name, count in counts.items()]
-        room = sum(counts.values()) - sum(least.values())
-        if room < 0:
+        most = most or {name: math.prod(shapes[name]) for name in counts}
+        if sum(counts.values()) < sum(least.values()):
             total = sum(math.prod(shapes[name]) for name in counts)
+            highest = math.floor((1 - sum(least.values()) / total) * 1e6) / 1e6
             raise InputError(
                 f"pattern {self.name} keeps at least {sum(least.values())} of {total} target weights, the budget is "
-                f"{sum(counts.values())}: ask for a sparsity of at most {1 - sum(least.values()) / total:.6g}"
+                f"{sum(counts.values())}: ask for a sparsity of at most {highest:.6g}"
             )
+        found = {name: max(least[name], min(count, most[name])) for name, count in counts.items()}
+        over = sum(found.values()) - sum(counts.values())
+        room = [(found[name] - least[name]) if over > 0 else (most[name] - found[name]) for name in found]
         # Rounding the running sum, rather than each share, keeps the total exact.
-        ends = [round(part * room / max(1, sum(spare))) for part in accumulate(spare, initial=0)]
-        return {name: least[name] + end - start for name, (start, end) in zip(counts, pairwise(ends), strict=True)}
+        ends = [round(part * over / max(1, sum(room))) for part in accumulate(room, initial=0)]
+        return {
+            name: count - (end - start)
+            for (name, count), (start, end) in zip(found.items(), pairwise(ends), strict=True)
+        }
 
     def masks(self, scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> Masks:
-        """The masks of all layers. What one layer misses of its count, by whole units, the next makes up for."""
+        """The masks of all layers. What one layer misses of its count, by whole units, the next makes up for.
+
+        A weight that scores -inf is not kept to make up for another.
+        """
         masks: Masks = {}
         owed = 0
         for name, count in counts.items():
-            masks[name] = self(scores[name], max(0, count + owed))
+            score = scores[name]
+            able = max(count, int((score > -torch.inf).count_nonzero()))
+            masks[name] = self(score, max(0, min(able, count + owed)))
             owed += count - int(masks[name].count_nonzero())
         return masks
 
@@ -111,7 +124,10 @@ class NM(Pattern):
     def __call__(self, score: Tensor, count: int) -> Tensor:
         mask = self.best(score)
         more = min(count, score.numel()) - int(mask.count_nonzero())
-        return mask | largest(score.masked_fill(mask, -torch.inf), more) if more > 0 else mask
+        rest = ~mask
+        if more > 0:
+            mask[rest] = largest(score[rest], more)
+        return mask
 
     def best(self, score: Tensor) -> Tensor:
         """The mask of the n best of each group."""

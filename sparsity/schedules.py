@@ -107,8 +107,10 @@ class Linear(Schedule):
         return rising | {end: sparsity}
 
     def _check_steps(self, start: int, end: int, every: int) -> None:
-        if every < 1 or (end - start) % every:
-            last = end - (end - start) % every if every > 0 else start
+        if every < 1 or start > end:
+            raise InputError(f"updates every {every} steps from {start} to {end}: every must be >= 1, and start <= end")
+        if (end - start) % every:
+            last = end - (end - start) % every
             raise InputError(
                 f"updates every {every} steps from {start} miss the end at {end}: the last would be at step {last}; "
                 f"use end={last}, or an interval that divides {end - start}"

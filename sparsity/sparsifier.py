@@ -139,12 +139,14 @@ class Sparsifier:
         if round(density * self._size()) >= sum(masks.counts(self.masks).values()):
             return self.masks
         scores = Scores(self.score, self.weights(), self.masks, seed=f"{self.seed}/{step}")
-        return self.pattern.masks(scores, self._counts(scores, density))
+        return self.pattern.masks(scores, self._counts(scores, density, masks.counts(self.masks)))
 
     def check_budget(self) -> None:
         """Raises `InputError` if the final sparsity cannot be met by the distribution and the pattern."""
         if self.sparsity > 0:
-            self._counts(Scores(self.score, self.weights(), self.first_masks(), seed="check"), 1 - self.sparsity)
+            whole = masks.full(self.weights())
+            scores = Scores(self.score, self.weights(), whole, seed="check")
+            self._counts(scores, 1 - self.sparsity, masks.counts(whole))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes during training: tensors and primitives, one bit per target weight."""
@@ -179,9 +181,10 @@ class Sparsifier:
             self.renewed = planned
             self.apply()
 
-    def _counts(self, scores: Scores, density: float) -> dict[str, int]:
+    def _counts(self, scores: Scores, density: float, most: dict[str, int]) -> dict[str, int]:
+        """How many weights each layer keeps: the distribution's word, within what the pattern and `most` allow."""
         shapes = {name: tuple(weight.shape) for name, weight in self.weights().items()}
-        return self.pattern.fit(self.distribution(scores, density), shapes)
+        return self.pattern.fit(self.distribution(scores, density), shapes, most)
 
     def _size(self) -> int:
         return sum(weight.numel() for weight in self.weights().values())

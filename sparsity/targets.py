@@ -59,7 +59,7 @@ class Targets:
         if any(name in self.include for name in names):
             return True
         return any(_matches(name, self.include) for name in names) and all(
-            _is_matrix(weight) and self._has_type(module) for _, module, weight in group
+            _is_matrix(name, weight) and self._has_type(module) for name, module, weight in group
         )
 
     def _has_type(self, module: nn.Module) -> bool:
@@ -81,8 +81,10 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def _is_matrix(weight: Parameter) -> bool:
-    return isinstance(weight, UninitializedParameter) or weight.ndim >= 2
+def _is_matrix(name: str, weight: Parameter) -> bool:
+    # MultiheadAttention's bias_k has three axes and is a bias all the same.
+    is_bias = name.rpartition(".")[2].startswith("bias")
+    return not is_bias and (isinstance(weight, UninitializedParameter) or weight.ndim >= 2)
 
 
 def _tied_groups(model: nn.Module) -> list[list[tuple[str, nn.Module, Parameter]]]:

@@ -13,7 +13,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def kth_largest(tensors: Iterable[Tensor], k: int) -> Tensor:
     """The k-th largest value (k = 1 is the largest) over all elements of all tensors, as a 0-dim CPU tensor.
 
-    Exact for float16, bfloat16, float32 and float64. NaN counts as larger than infinity. `tensors` is iterated once
+    Exact for float16, bfloat16, float32 and float64. A NaN lies beyond the infinity of its sign. `tensors` is iterated once
     per 16 bits of the dtype and holds one tensor at a time, so a collection that computes its tensors when iterated
     is never in memory as a whole; the extra memory is about a million elements.
 
@@ -42,11 +42,12 @@ def largest(tensor: Tensor, count: int) -> Tensor:
     """
     if count == 0:
         return torch.zeros_like(tensor, dtype=torch.bool)
-    threshold = kth_largest([tensor], count).to(tensor.device)
-    mask = tensor > threshold
-    ties = (tensor == threshold).flatten().nonzero().squeeze(1)
-    mask.view(-1)[ties[: count - int(mask.count_nonzero())]] = True
-    return mask
+    values = tensor.reshape(-1)
+    threshold = kth_largest([values], count).to(tensor.device)
+    mask = values > threshold
+    ties = (values == threshold).nonzero().squeeze(1)
+    mask[ties[: count - int(mask.count_nonzero())]] = True
+    return mask.view(tensor.shape)
 
 
 def _keys(tensors: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
