@@ -26,7 +26,7 @@ def read(path: str | Path) -> dict[str, Any]:
                 f"'{path}' holds pickled objects, which could run code when loaded: save tensors and primitives only"
             ) from error
         raise InputError(_damaged(path)) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # damaged bytes can make the unpickler raise anything
         raise InputError(_damaged(path)) from error
     if not isinstance(contents, dict):
         raise InputError(f"'{path}' is no checkpoint: it holds a {type(contents).__name__}, not a dictionary")
@@ -39,17 +39,18 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if not isinstance(state, dict):
         raise InputError(f"'{path}' has no 'state_dict': give a checkpoint that a Lightning trainer saved")
     own = model.state_dict()
-    wrong = [
-        name
-        for name in own.keys() | state.keys()
-        if getattr(own.get(name), "shape", 0) != getattr(state.get(name), "shape", 1)
-    ]
+    wrong = own.keys() ^ state.keys()
+    wrong |= {name for name in own.keys() & state.keys() if _shape(own[name]) != _shape(state[name])}
     if wrong:
         raise InputError(
             f"'{path}' is for another model: {len(wrong)} of its tensors are missing, unknown or of another shape, "
             f"for example '{sorted(wrong)[0]}'"
         )
     model.load_state_dict(state)
+
+
+def _shape(value: object) -> object:
+    return getattr(value, "shape", None)  # a module's extra state may be anything
 
 
 def _damaged(path: str | Path) -> str:

@@ -98,7 +98,9 @@ def load(path: str | Path) -> Masks:
                 raise InputError(f"'{path}' holds no masks: its format is {about.get('format')!r}, not '{FORMAT}'")
             shapes = json.loads(about["shapes"])
             return {name: unpack(file.get_tensor(name), tuple(shape)) for name, shape in shapes.items()}
-    except SafetensorError as error:
+    except InputError:
+        raise
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"'{path}' is damaged or not a safetensors file ({error}): restore it or save it again"
         ) from error

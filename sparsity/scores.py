@@ -104,7 +104,8 @@ class Scores(Mapping[str, Tensor]):
         weight = self._weights[name]
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
         score = self._score(weight, weight.grad, generator).to(self._dtype)
-        if not bool(torch.isfinite(score).all()):
+        # The weights too: a score may lose their NaN, as LAMP's comparisons do.
+        if not bool(torch.isfinite(weight).all() & torch.isfinite(score).all()):
             bad = int((~torch.isfinite(weight)).sum())
             raise InputError(
                 f"'{name}' cannot be ranked: {bad} of its {weight.numel()} weights are NaN or infinite. "

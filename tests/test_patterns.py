@@ -229,7 +229,10 @@ def test_fit_by_hand(counts: dict[str, int], fitted: dict[str, int]) -> None:
     ("counts", "fitted"),
     [
         ({"a": 12, "b": 6, "c": 6}, {"a": 10, "b": 7, "c": 7}),  # what a cannot have goes to the others, evenly
-        ({"a": 16, "b": 5, "c": 1}, {"a": 10, "b": 8, "c": 4}),  # 6 more than a can have, 3 fewer than c needs
+        (
+            {"a": 16, "b": 5, "c": 1},
+            {"a": 10, "b": 6, "c": 6},
+        ),  # a has 10, c needs 4, and the other 3 go where there is room: 3 to 4
         ({"a": 9, "b": 4, "c": 4}, {"a": 9, "b": 4, "c": 4}),
     ],
     ids=str,

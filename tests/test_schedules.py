@@ -218,12 +218,21 @@ def test_steps_that_miss_the_end_are_refused_at_once() -> None:
         Cubic(start=2, end=12, every=3)
 
 
-@pytest.mark.parametrize(("start", "end", "every"), [(0, 10, 3), (5, 50, 20), (0, 10, 20), (0, 10, 0), (10, 6, 5)])
+@pytest.mark.parametrize(("start", "end", "every"), [(0, 10, 3), (5, 50, 20), (0, 10, 20)])
 def test_the_advice_for_steps_that_miss_the_end_works(start: int, end: int, every: int) -> None:
-    with pytest.raises(ValueError, match=r"end") as refusal:
-        Linear(start, end, every).plan(0.9, ENDLESS)
-    for better in re.findall(r"use end=(-?\d+)", str(refusal.value)):
-        assert list(Linear(start, int(better), every).plan(0.9, ENDLESS))[-1] == int(better)
+    with pytest.raises(ValueError, match="miss the end") as refusal:
+        Linear(start, end, every)
+    advice = re.search(r"use end=(\d+), or an interval that divides (\d+)$", str(refusal.value))
+    assert advice
+    assert list(Linear(start, int(advice[1]), every).plan(0.9, ENDLESS))[-1] == int(advice[1])
+    assert list(Linear(start, end, int(advice[2])).plan(0.9, ENDLESS))[-1] == end
+
+
+@pytest.mark.parametrize(("start", "end", "every"), [(0, 10, 0), (10, 6, 5), (10, 5, 5)])
+def test_steps_that_go_nowhere_are_refused_at_once(start: int, end: int, every: int) -> None:
+    message = rf"^updates every {every} steps from {start} to {end}: every must be >= 1, and start <= end$"
+    with pytest.raises(ValueError, match=message):
+        Cubic(start, end, every)
 
 
 def test_a_schedule_without_a_plan_says_so() -> None:

@@ -13,9 +13,9 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def kth_largest(tensors: Iterable[Tensor], k: int) -> Tensor:
     """The k-th largest value (k = 1 is the largest) over all elements of all tensors, as a 0-dim CPU tensor.
 
-    Exact for float16, bfloat16, float32 and float64. A NaN lies beyond the infinity of its sign. `tensors` is iterated once
-    per 16 bits of the dtype and holds one tensor at a time, so a collection that computes its tensors when iterated
-    is never in memory as a whole; the extra memory is about a million elements.
+    Exact for float16, bfloat16, float32 and float64. A NaN lies beyond the infinity of its sign. `tensors` is iterated
+    once per 16 bits of the dtype and holds one tensor at a time, so a collection that computes its tensors when
+    iterated is never in memory as a whole; the extra memory is about a million elements.
 
     Raises `ValueError` if k is not in [1, number of elements] or the tensors have different dtypes.
     """

@@ -140,12 +140,12 @@ def test_parameters_need_no_detaching() -> None:
     assert chosen(weight, 2) == [1, 2]
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_nan_counts_as_larger_than_infinity(sign: float) -> None:
-    nan = torch.tensor(float("nan")).copysign(torch.tensor(sign))
-    tensor = torch.stack([torch.tensor(INF), nan, torch.tensor(-INF)])
-    assert kth_largest([tensor], 1).isnan()
-    assert [float(kth_largest([tensor], k)) for k in (2, 3)] == [INF, -INF]
+def test_a_nan_lies_beyond_the_infinity_of_its_sign() -> None:
+    nan = torch.tensor(float("nan"))
+    tensor = torch.stack([torch.tensor(INF), nan.copysign(torch.tensor(-1.0)), torch.tensor(-INF), nan.abs()])
+    found = [kth_largest([tensor], k) for k in (1, 2, 3, 4)]
+    assert [value.isnan().item() for value in found] == [True, False, False, True]
+    assert [found[0].signbit(), found[1], found[2], found[3].signbit()] == [False, INF, -INF, True]
 
 
 @pytest.mark.parametrize("k", [0, -1, 8, 100])
