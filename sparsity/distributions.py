@@ -198,16 +198,20 @@ def _highest(scores: _Some, count: int) -> Counts:
     if count == 0:
         return dict.fromkeys(scores.names, 0)
     threshold = kth_largest(scores, count)
-    above, equal = {}, {}
-    for name, score in zip(scores.names, scores, strict=True):
-        above[name] = int((score > threshold.to(score.device)).count_nonzero())
-        equal[name] = int((score == threshold.to(score.device)).count_nonzero())
-    missing = count - sum(above.values())
-    for name in scores.names:
-        taken = min(equal[name], missing)
-        above[name] += taken
-        missing -= taken
-    return above
+    # One call per layer, so that no layer's scores are held while the next one's are computed.
+    tallies = {name: _tally(scores.scores[name], threshold) for name in scores.names}
+    missing = count - sum(above for above, _ in tallies.values())
+    counts = {}
+    for name, (above, equal) in tallies.items():
+        counts[name] = above + min(equal, missing)
+        missing -= counts[name] - above
+    return counts
+
+
+def _tally(score: Tensor, threshold: Tensor) -> tuple[int, int]:
+    """How many scores lie above the threshold, and how many on it."""
+    threshold = threshold.to(score.device)
+    return int((score > threshold).count_nonzero()), int((score == threshold).count_nonzero())
 
 
 def _whole(share: Mapping[str, float], shapes: Shapes, density: float) -> Counts:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sparsity.errors import InputError
 
-SLAB = 1 << 20  # weights that `lamp` sorts together: what bounds its extra memory
+SLABS = 16  # parts that `lamp` sorts one after the other: what bounds its extra memory
+SMALL = 1 << 16  # weights that are not worth parting
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def lamp(weight: Tensor) -> Tensor:
 
     The authors' code takes the total minus a running sum, which in float32 loses the largest weights of big layers.
     Here the sum runs from the largest weight down, in float64. The tensor is sorted slab by slab, so that the
-    extra memory is that of three tensors and not of a full sort.
+    extra memory is less than four times the tensor's, where a full sort takes ten.
     """
     magnitudes = magnitude(weight.detach()).flatten()
     scores = torch.zeros_like(magnitudes)
@@ -43,11 +44,11 @@ def lamp(weight: Tensor) -> Tensor:
 
 
 def _slabs(magnitudes: Tensor) -> Iterator[tuple[float, float]]:
-    """Intervals (lower, upper] from the largest magnitude down to zero, of about `SLAB` weights each.
+    """Intervals (lower, upper] from the largest magnitude down to zero, of about as many weights each.
 
     The bounds are quantiles of a sample: where they lie decides the memory, never the result.
     """
-    slabs = magnitudes.numel() // SLAB + 1
+    slabs = SLABS if magnitudes.numel() > SMALL else 1
     sample = magnitudes[:: max(1, magnitudes.numel() // (64 * slabs))].sort(descending=True).values
     inner = [float(bound) for bound in sample[64:-1:64]] if slabs > 1 else []
     bounds = sorted({float("inf"), *inner, 0.0}, reverse=True)

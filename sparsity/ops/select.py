@@ -1,11 +1,12 @@
 """Exact selection by rank, from histograms of the bits of floats: no sort, no copy of all the values."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # elements looked at together: what bounds the extra memory
+CHUNK = 1 << 18  # elements looked at together: what bounds the extra memory
 DIGIT = 16  # bits of a float resolved by one pass
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -15,23 +16,25 @@ def kth_largest(tensors: Iterable[Tensor], k: int) -> Tensor:
 
     Exact for float16, bfloat16, float32 and float64. A NaN lies beyond the infinity of its sign. `tensors` is iterated
     once per 16 bits of the dtype and holds one tensor at a time, so a collection that computes its tensors when
-    iterated is never in memory as a whole; the extra memory is about a million elements.
+    iterated is never in memory as a whole; the extra memory is some ten megabytes.
 
     Raises `ValueError` if k is not in [1, number of elements] or the tensors have different dtypes.
     """
     tensors = list(tensors) if isinstance(tensors, Iterator) else tensors
     dtype = next(iter(tensors), torch.empty(0)).dtype
+    top = 8 * dtype.itemsize - DIGIT
     prefix, rank = 0, k
-    for shift in range(8 * dtype.itemsize - DIGIT, -1, -DIGIT):
-        first = shift == 8 * dtype.itemsize - DIGIT
+    for shift in range(top, -1, -DIGIT):
         histogram = torch.zeros(1 << DIGIT, dtype=torch.int64)
-        for keys in _keys(tensors, dtype):
-            known = keys if first else keys[keys >> shift + DIGIT == prefix]
-            histogram += _digits(known, shift, signed=first)
+        # `map` lets go of each tensor before the next one is computed; a loop variable would hold on to it.
+        for part in map(
+            partial(_histogram, dtype=dtype, shift=shift, prefix=None if shift == top else prefix), tensors
+        ):
+            histogram += part
         if not 1 <= rank <= int(histogram.sum()):
             raise ValueError(f"k must lie in [1, {int(histogram.sum())}], the number of elements; got k={k}")
         digit, rank = _bin_of(histogram, rank)
-        prefix = digit - (1 << DIGIT - 1) if first else prefix << DIGIT | digit
+        prefix = digit - (1 << DIGIT - 1) if shift == top else prefix << DIGIT | digit
     return _value(prefix, dtype)
 
 
@@ -50,22 +53,29 @@ def largest(tensor: Tensor, count: int) -> Tensor:
     return mask.view(tensor.shape)
 
 
-def _keys(tensors: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The elements, a chunk at a time, as integers that have the floats' order."""
-    for tensor in tensors:
-        if tensor.dtype != dtype or not dtype.is_floating_point:
-            raise ValueError(f"expected floating tensors of one dtype, got {dtype} and {tensor.dtype}")
-        for chunk in torch.split(tensor.detach().reshape(-1), CHUNK):
-            bits = chunk.view(INTEGERS[dtype.itemsize])
-            # Negative floats grow in magnitude with their bits: flipping all but the sign puts them in order.
-            yield bits ^ ((bits >> 8 * dtype.itemsize - 1) & torch.iinfo(bits.dtype).max)
+def _histogram(tensor: Tensor, dtype: torch.dtype, shift: int, prefix: int | None) -> Tensor:
+    """How many elements have each value of the 16 bits above `shift`, of those whose bits above them are `prefix`.
+
+    Without a prefix these are the first bits, and carry the sign.
+    """
+    if tensor.dtype != dtype or not dtype.is_floating_point:
+        raise ValueError(f"expected floating tensors of one dtype, got {dtype} and {tensor.dtype}")
+    histogram = torch.zeros(1 << DIGIT, dtype=torch.int64, device=tensor.device)
+    for chunk in torch.split(tensor.detach().reshape(-1), CHUNK):
+        keys = _keys(chunk)
+        if prefix is not None:
+            keys = keys[keys >> shift + DIGIT == prefix]
+        digits = (keys >> shift).to(torch.int32)
+        digits = digits + (1 << DIGIT - 1) if prefix is None else digits & (1 << DIGIT) - 1
+        histogram += torch.bincount(digits, minlength=1 << DIGIT)
+    return histogram.cpu()
 
 
-def _digits(keys: Tensor, shift: int, signed: bool) -> Tensor:
-    """How many keys have each value of the 16 bits above `shift`; the first digit carries the sign."""
-    digits = (keys >> shift).to(torch.int32)
-    digits = digits + (1 << DIGIT - 1) if signed else digits & (1 << DIGIT) - 1
-    return torch.bincount(digits, minlength=1 << DIGIT).cpu()
+def _keys(values: Tensor) -> Tensor:
+    """The values as integers that have the floats' order."""
+    bits = values.view(INTEGERS[values.element_size()])
+    # Negative floats grow in magnitude with their bits: flipping all but the sign puts them in order.
+    return bits ^ ((bits >> 8 * values.element_size() - 1) & torch.iinfo(bits.dtype).max)
 
 
 def _bin_of(histogram: Tensor, rank: int) -> tuple[int, int]:
