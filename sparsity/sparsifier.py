@@ -157,7 +157,7 @@ class Sparsifier:
         restored = masks.from_state(state["masks"])
         self.masks, self.renewed, self.seed = restored, int(state["renewed"]), int(state["seed"])
         if self._model is None:
-            self._loaded = True
+            self._loaded = bool(restored)  # a state from before the first attach holds no masks
         else:
             self.masks = self._placed(restored)
             self.apply()

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.tuner import Tuner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
@@ -111,6 +112,24 @@ def test_testing_a_checkpoint_does_not_apply_the_masks_of_another(tmp_path: Path
         model, Batches(1), ckpt_path=str(tmp_path / "epoch=0.ckpt"), verbose=False, weights_only=True
     )
     assert result["nonzero"] == 32 * 16
+
+
+def test_the_learning_rate_finder_leaves_no_trace() -> None:
+    class Tunable(Task):
+        lr = 0.01
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+    task()
+    model, method = Tunable(), LAMP(sparsity=0.9)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    runner = trainer(method)
+    Tuner(runner).lr_find(model, Batches(20), num_training=15)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    runner.fit(model, Batches(20))
+    assert method.step == 60
+    assert zeros(model, method) == pytest.approx(0.9, abs=1e-3)
 
 
 def test_a_second_fit_keeps_the_masks() -> None:
