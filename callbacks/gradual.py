@@ -1,8 +1,8 @@
 """Gradual magnitude pruning: masks that grow sparser while the network trains."""
 
-from sparsity.distributions import Distribution, Global, Uniform
+from sparsity.distributions import Distribution, Global, LayerAdaptive, Uniform
 from sparsity.schedules import Cubic, Schedule
-from sparsity.scores import Lamp, Magnitude
+from sparsity.scores import Magnitude
 from sparsity.sparsifier import Sparsifier
 from sparsity.targets import Targets
 
@@ -40,7 +40,8 @@ class LAMP(Sparsify):
     """Layer-adaptive magnitude pruning, Lee et al. (ICLR 2021, arXiv 2010.07611).
 
     Each weight scores its square over the sum of all squares of its layer that are at least as large; the highest
-    scores of the whole model stay, so every layer gets its own sparsity and none is emptied.
+    scores of the whole model stay, so every layer gets its own sparsity and none is emptied. Inside a layer the scores
+    have the order of the magnitudes, so this is magnitude pruning with the counts of `LayerAdaptive`.
 
     The paper prunes a trained network in rounds of 20 %, training on after each: `schedule=Iterative()`. Without a
     schedule it is gradual (`Cubic()`); `Once()` is one-shot. A single run keeps one optimizer, where the authors' code
@@ -60,7 +61,7 @@ class LAMP(Sparsify):
         pattern: str | int = "unstructured",
         targets: Targets | None = None,
     ) -> None:
-        super().__init__(Sparsifier(sparsity, Lamp(), Global(), pattern, schedule or Cubic(), targets))
+        super().__init__(Sparsifier(sparsity, Magnitude(), LayerAdaptive(), pattern, schedule or Cubic(), targets))
 
 
 class GlobalMP(Sparsify):

@@ -68,7 +68,7 @@ class Sparsify(Callback):
         if trainer.global_step == 0:
             self.step = 0
         # The optimizer's state was restored since the masks were attached.
-        self.sparsifier.apply()
+        self.sparsifier.enforce()
         self._seen = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -92,14 +92,14 @@ class Sparsify(Callback):
         pl_module.log("sparsity/target", self.sparsifier.target(max(0, self.step - 1)))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.sparsifier.apply()
+        self.sparsifier.enforce()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._attached:  # outside of fit the weights may be a checkpoint's, with other masks
-            self.sparsifier.apply()
+            self.sparsifier.enforce()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.sparsifier.apply()
+        self.sparsifier.enforce()
         due = self.sparsifier.last_renewal()
         if self.sparsifier.renewed < due:
             rank_zero_warn(

@@ -1,6 +1,6 @@
 """Distributions: how many weights each layer keeps. `(scores, density) -> {name: count}`, summing to the budget.
 
-Uniform, Uniform+, ER and ERK look only at shapes, Global also at values; all have the one signature.
+Uniform, Uniform+, ER and ERK look only at shapes, LayerAdaptive and Global also at values; all have the one signature.
 """
 
 import math
@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from sparsity.errors import InputError
-from sparsity.ops import kth_largest
+from sparsity.ops import adaptive_counts, kth_largest
 
 Shapes = Mapping[str, tuple[int, ...]]
 Counts = dict[str, int]
@@ -150,6 +150,25 @@ class Global(Distribution):
             counts |= low
 
 
+class LayerAdaptive(Distribution):
+    """LAMP's counts: each layer keeps those of its weights whose layer-adaptive score is among the model's highest.
+
+    Lee et al. (ICLR 2021, arXiv 2010.07611). The score of a weight (`sparsity.scores.lamp`, equation 4) falls with its
+    magnitude inside a layer, so it says only how many each layer keeps; the magnitudes say which. No layer is
+    emptied as long as one weight per layer is kept. Takes magnitudes, or other scores that are not negative.
+
+    Computed in float64 and without sorting all weights (`sparsity.ops.adaptive_counts`). Among equals, the first
+    layer's.
+    """
+
+    def __call__(self, scores: Mapping[str, Tensor], density: float) -> Counts:
+        shapes = _shapes(scores)
+        kept = budget(shapes, density)
+        if kept == 0:
+            raise InputError(_infeasible(density, "it keeps none", 1, sum(_sizes(shapes).values())))
+        return dict(zip(scores, adaptive_counts(_Some(scores, list(scores)), kept), strict=True))
+
+
 class PerLayer(Distribution):
     """An explicit map from globs to sparsities; a layer takes the first glob that matches it, or stays dense.
 
@@ -238,7 +257,9 @@ def _rounded(share: Mapping[str, float], sizes: Mapping[str, int], kept: int) ->
 
 
 def _shapes(scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(score.shape) for name, score in scores.items()}
+    # Computing the scores only to ask for their shapes would cost a pass each.
+    known: dict[str, tuple[int, ...]] | None = getattr(scores, "shapes", None)
+    return known or {name: tuple(score.shape) for name, score in scores.items()}
 
 
 def _sizes(shapes: Shapes) -> dict[str, int]:

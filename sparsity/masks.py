@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsity import shards
 from sparsity.errors import InputError
 
 Masks = dict[str, Tensor]
@@ -23,7 +24,7 @@ FORMAT = "sparsity-masks-1"
 
 def full(weights: Mapping[str, Tensor]) -> Masks:
     """Masks that keep everything: bool tensors of the weights' shapes and devices, all True."""
-    return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    return {n: torch.ones(w.shape, dtype=torch.bool, device=w.device) for n, w in weights.items()}
 
 
 def from_zeros(weights: Mapping[str, Tensor]) -> Masks:
@@ -31,7 +32,7 @@ def from_zeros(weights: Mapping[str, Tensor]) -> Masks:
 
     A kept weight that happens to be exactly zero is taken for a pruned one.
     """
-    return {name: weight.detach() != 0 for name, weight in weights.items()}
+    return {name: shards.whole(weight.detach()) != 0 for name, weight in weights.items()}
 
 
 def counts(masks: Mapping[str, Tensor]) -> dict[str, int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from sparsity import shards
 from sparsity.errors import InputError
 
 SLABS = 16  # parts that `lamp` sorts one after the other: what bounds its extra memory
@@ -100,11 +101,14 @@ class Scores(Mapping[str, Tensor]):
         self._score, self._weights, self._masks, self._seed = score, weights, masks, seed
         double = any(weight.dtype == torch.float64 for weight in weights.values())
         self._dtype = torch.float64 if double else torch.float32
+        self.shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._weights[name]
+        gradient = None if weight.grad is None or not self._score.needs_gradient else shards.whole(weight.grad)
+        weight = shards.whole(weight.detach())
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
-        score = self._score(weight, weight.grad, generator).to(self._dtype)
+        score = self._score(weight, gradient, generator).to(self._dtype)
         # The weights too: a score may lose their NaN, as LAMP's comparisons do.
         if not bool(torch.isfinite(weight).all() & torch.isfinite(score).all()):
             bad = int((~torch.isfinite(weight)).sum())

@@ -1,21 +1,21 @@
 """The Sparsifier: it owns the masks of one model. Three verbs: attach, update, apply."""
 
 from bisect import bisect_right
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
-from sparsity import masks, patterns
+from sparsity import masks, patterns, shards
 from sparsity.distributions import Distribution, Global
 from sparsity.errors import InputError
 from sparsity.masks import Masks
 from sparsity.schedules import Constant, Horizon, Plan, Schedule
 from sparsity.scores import Magnitude, Score, Scores
 from sparsity.targets import Targets
+from sparsity.upkeep import Upkeep
 
 
 class Sparsifier:
@@ -56,7 +56,7 @@ class Sparsifier:
         self.seed = 0
         self.renewed = -1  # the planned step of the last renewal
         self._owners: dict[str, tuple[nn.Module, str]] = {}
-        self._optimizers: tuple[Optimizer, ...] = ()
+        self._upkeep = Upkeep()
         self._plan: Plan = {}
         self._steps: list[int] = []
         self._model: nn.Module | None = None
@@ -69,11 +69,12 @@ class Sparsifier:
         choices, the same on every rank. Masks that were loaded, or that this sparsifier already holds for this very
         model, are kept. Raises `InputError` for everything that could not be met later, before any training.
         """
+        shards.refuse_flattened(model)
         weights = self.targets.select(model)
         for name, weight in weights.items():
             self.pattern.check(name, tuple(weight.shape))
         self._owners = {name: _owner(model, weight) for name, weight in weights.items()}
-        self._optimizers = optimizers
+        self._upkeep = Upkeep(*optimizers)
         self._plan = self.schedule.plan(self.sparsity, horizon or Horizon())
         self._steps = sorted(self._plan)
         loaded, self._loaded = self._loaded, False
@@ -85,11 +86,11 @@ class Sparsifier:
         self.check_budget()
         if not self.score.needs_gradient and not loaded:
             self._renew_if_due(0)
-        self.apply()
+        self.enforce()
 
     def detach(self) -> None:
         """Forgets the model, its optimizers and the masks."""
-        self._model, self._owners, self._optimizers = None, {}, ()
+        self._model, self._owners, self._upkeep = None, {}, Upkeep()
         self.masks, self.renewed = {}, -1
 
     def update(self, step: int) -> None:
@@ -100,18 +101,18 @@ class Sparsifier:
         """
         if self._due(step) is not None and self._gradients_are_finite():
             self._renew_if_due(step)
-        for name, weight in self.weights().items():
-            if weight.grad is not None:
-                weight.grad.masked_fill_(~self.masks[name], 0)
+        self._upkeep.mask_gradients(self.weights(), self.masks)
 
-    @torch.no_grad()
     def apply(self) -> None:
-        """After the optimizer's step: pruned weights and all of their optimizer state become exactly zero."""
-        for name, weight in self.weights().items():
-            pruned = ~self.masks[name]
-            weight.masked_fill_(pruned, 0)
-            for state in self._optimizer_state(weight):
-                state.masked_fill_(pruned, 0)
+        """After the optimizer's step: pruned weights and all of their optimizer state are exactly zero.
+
+        Where `Upkeep` can tell that the step has left them so, nothing is written.
+        """
+        self._upkeep.after_step(self.weights(), self.masks)
+
+    def enforce(self) -> None:
+        """At any time, whoever wrote to the weights: pruned weights and their optimizer state become exactly zero."""
+        self._upkeep.enforce(self.weights(), self.masks)
 
     def density(self) -> float:
         """The fraction of target weights that the masks keep."""
@@ -160,7 +161,7 @@ class Sparsifier:
             self._loaded = bool(restored)  # a state from before the first attach holds no masks
         else:
             self.masks = self._placed(restored)
-            self.apply()
+            self.enforce()
 
     def _placed(self, restored: Masks) -> Masks:
         """Restored masks, checked against the model and on its devices."""
@@ -179,7 +180,7 @@ class Sparsifier:
         if planned is not None:
             self.masks = self.new_masks(1 - self._plan[planned], planned)
             self.renewed = planned
-            self.apply()
+            self.enforce()
 
     def _counts(self, scores: Scores, density: float, most: dict[str, int]) -> dict[str, int]:
         """How many weights each layer keeps: the distribution's word, within what the pattern and `most` allow."""
@@ -190,16 +191,10 @@ class Sparsifier:
         return sum(weight.numel() for weight in self.weights().values())
 
     def _gradients_are_finite(self) -> bool:
-        gradients = (weight.grad for optimizer in self._optimizers for group in optimizer.param_groups
+        gradients = (weight.grad for optimizer in self._upkeep.optimizers for group in optimizer.param_groups
                      for weight in group["params"] if weight.grad is not None)  # fmt: skip
-        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-
-    def _optimizer_state(self, weight: Parameter) -> Iterator[Tensor]:
-        """Every state tensor of the weight's shape: momenta and second moments, whatever the optimizer calls them."""
-        for optimizer in self._optimizers:
-            for value in optimizer.state.get(weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
-                    yield value
+        finite = all(bool(torch.isfinite(shards.local(gradient)).all()) for gradient in gradients)
+        return shards.all_agree(finite, list(self.weights().values()))
 
 
 def _owner(model: nn.Module, weight: Parameter) -> tuple[nn.Module, str]:

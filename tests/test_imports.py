@@ -11,9 +11,11 @@ ROOT = Path(__file__).parents[1]
 LEAVES = {"errors", "ops", "version"}
 ALLOWED = {
     "errors": set(), "version": set(), "ops": set(),
-    "masks": {"errors"}, "targets": {"errors"}, "schedules": {"errors"}, "scores": {"errors"},
+    "shards": {"errors"}, "upkeep": {"ops", "shards"},
+    "masks": {"errors", "shards"}, "targets": {"errors"}, "schedules": {"errors"}, "scores": {"errors", "shards"},
     "checkpoints": {"errors"}, "distributions": {"errors", "ops"}, "patterns": {"errors", "ops", "masks"},
-    "sparsifier": {"errors", "masks", "targets", "scores", "distributions", "patterns", "schedules"},
+    "sparsifier": {"errors", "masks", "targets", "scores", "distributions", "patterns", "schedules", "shards",
+                   "upkeep"},
     "constant": {"errors", "masks", "sparsifier", "targets"}, "report": {"masks"},
     "models": {"errors", "models"}, "data": {"errors", "data"},
     "callbacks": set(),

@@ -1,0 +1,98 @@
+"""Upkeep: pruned weights and their optimizer state stay exactly zero, at the least cost."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils.weak import TensorWeakRef
+
+from sparsity import shards
+from sparsity.ops import keep_
+
+Weights = Mapping[str, Parameter]
+
+
+class Upkeep:
+    """Zeroes what the masks prune in gradients, weights and optimizer state, where something can have changed.
+
+    Where a weight w, its gradient g and its state are zero, a step of SGD, Adam or AdamW leaves all of them zero:
+
+        SGD      d = g + decay w = 0    b = momentum b + (1 - dampening) d = 0    w - lr d  or  w - lr (d + momentum b)
+        Adam(W)  m = b1 m + (1 - b1) g = 0    v = b2 v + (1 - b2) g^2 = 0    w (1 - lr decay) - lr m / (sqrt v + eps)
+
+    for finite settings and an eps above zero in the weight's dtype. So a pass over the gradients, before the step, is
+    all that such a step costs. After it, a weight is passed over where that reasoning has a gap: another optimizer
+    (also a subclass of these), a gradient written after it was masked (clipping does that, and makes NaN of zeros
+    where the norm is not finite), a weight or state that someone else wrote since the last pass, or new masks.
+    Who wrote is told by torch's version counters. They do not see writes through `.data`, which stay until the next
+    `enforce`.
+    """
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self.optimizers = optimizers
+        self._zero: dict[str, list[Seen]] = {}  # weights and state, when their zeros were last known to be in place
+        self._sound: dict[str, tuple[list[Seen], Tensor]] = {}  # gradients as they were masked, and the masks
+
+    def mask_gradients(self, weights: Weights, masks: Mapping[str, Tensor]) -> None:
+        """Before the step: pruned weights get a gradient of exactly zero."""
+        self._sound.clear()
+        for name, weight in weights.items():
+            if weight.grad is not None:
+                self._keep(weight.grad, masks[name])
+            if self._leaves_zeros(weight) and _untouched(self._zero.get(name), [weight, *self._states(weight)]):
+                self._sound[name] = [Seen(weight.grad)], masks[name]
+
+    def after_step(self, weights: Weights, masks: Mapping[str, Tensor]) -> None:
+        """After the step: pruned weights and their state are exactly zero."""
+        for name, weight in weights.items():
+            gradients, mask = self._sound.pop(name, (None, None))
+            if mask is not masks[name] or not _untouched(gradients, [weight.grad]):
+                for tensor in (weight, *self._states(weight)):
+                    self._keep(tensor, masks[name])
+            self._zero[name] = [Seen(tensor) for tensor in (weight, *self._states(weight))]
+
+    def enforce(self, weights: Weights, masks: Mapping[str, Tensor]) -> None:
+        """At any time, whatever was written: pruned weights and their state are exactly zero."""
+        self._sound.clear()
+        self.after_step(weights, masks)
+
+    def _keep(self, tensor: Tensor, mask: Tensor) -> None:
+        keep_(shards.local(tensor), shards.local_mask(mask, tensor))
+
+    def _states(self, weight: Parameter) -> Iterator[Tensor]:
+        """Every floating state tensor of the weight's shape: momenta, second moments, whatever they are called."""
+        for optimizer in self.optimizers:
+            for value in optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
+                    yield value
+
+    def _leaves_zeros(self, weight: Parameter) -> bool:
+        """Whether the steps of all optimizers leave zeros of this weight's dtype alone, and versions tell of others."""
+        if shards.is_spread(weight):
+            return False
+        tiny = torch.finfo(weight.dtype).tiny
+        return all(
+            type(optimizer) is SGD
+            or (type(optimizer) in (Adam, AdamW) and all(group["eps"] > tiny for group in optimizer.param_groups))
+            for optimizer in self.optimizers
+        )
+
+
+class Seen:
+    """A tensor, weakly held, and how often it had been written to."""
+
+    def __init__(self, tensor: Tensor | None) -> None:
+        self.reference = None if tensor is None else TensorWeakRef(tensor)
+        self.version = 0 if tensor is None else tensor._version
+
+    def is_still(self, tensor: Tensor | None) -> bool:
+        """Whether it is this tensor, and has not been written to since."""
+        if tensor is None or self.reference is None:
+            return tensor is None and self.reference is None
+        return self.reference() is tensor and self.version == tensor._version
+
+
+def _untouched(seen: list[Seen] | None, tensors: list[Tensor | None]) -> bool:
+    return seen is not None and len(seen) == len(tensors) and all(map(Seen.is_still, seen, tensors))
