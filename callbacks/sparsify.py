@@ -37,7 +37,7 @@ class Sparsify(Callback):
         self._clock: Optimizer | None = None
         self._hooks: list[RemovableHandle] = []
         self._seen: int | None = None
-        self._achieved = 0.0
+        self._achieved = self._target = 0.0
 
     @property
     def state_key(self) -> str:
@@ -88,8 +88,13 @@ class Sparsify(Callback):
             return
         if renewed:
             self._log_layers(trainer)
-        pl_module.log("sparsity/global", self._achieved, prog_bar=True)
-        pl_module.log("sparsity/target", self.sparsifier.target(max(0, self.step - 1)))
+        target = self.sparsifier.target(max(0, self.step - 1))
+        # Lightning keeps what was logged until the epoch ends; logging it anew at every step would take longer than
+        # everything else here.
+        if renewed or target != self._target or batch_idx == 0:
+            self._target = target
+            pl_module.log("sparsity/global", self._achieved, prog_bar=True)
+            pl_module.log("sparsity/target", target)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.sparsifier.enforce()

@@ -105,7 +105,7 @@ class Scores(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._weights[name]
-        gradient = None if weight.grad is None or not self._score.needs_gradient else shards.whole(weight.grad)
+        gradient = None if weight.grad is None else shards.whole(weight.grad)
         weight = shards.whole(weight.detach())
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
         score = self._score(weight, gradient, generator).to(self._dtype)
