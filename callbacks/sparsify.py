@@ -72,9 +72,10 @@ class Sparsify(Callback):
         self._seen = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self.sparsifier.update(self.step)
-        if optimizer is self._clock:
-            self.step += 1
+        # Masks are renewed at the clock's steps; at another optimizer's the last of them has already been made.
+        is_clock = optimizer is self._clock
+        self.sparsifier.update(self.step if is_clock else self.step - 1)
+        self.step += is_clock
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsity import shards
 from sparsity.errors import InputError
+from sparsity.ops import all_finite
 
 SLABS = 16  # parts that `lamp` sorts one after the other: what bounds its extra memory
 SMALL = 1 << 16  # weights that are not worth parting
@@ -110,7 +111,7 @@ class Scores(Mapping[str, Tensor]):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
         score = self._score(weight, gradient, generator).to(self._dtype)
         # The weights too: a score may lose their NaN, as LAMP's comparisons do.
-        if not bool(torch.isfinite(weight).all() & torch.isfinite(score).all()):
+        if not (all_finite(weight) and all_finite(score)):
             bad = int((~torch.isfinite(weight)).sum())
             raise InputError(
                 f"'{name}' cannot be ranked: {bad} of its {weight.numel()} weights are NaN or infinite. "

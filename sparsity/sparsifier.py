@@ -12,6 +12,7 @@ from sparsity import masks, patterns, shards
 from sparsity.distributions import Distribution, Global
 from sparsity.errors import InputError
 from sparsity.masks import Masks
+from sparsity.ops import all_finite
 from sparsity.schedules import Constant, Horizon, Plan, Schedule
 from sparsity.scores import Magnitude, Score, Scores
 from sparsity.targets import Targets
@@ -193,7 +194,7 @@ class Sparsifier:
     def _gradients_are_finite(self) -> bool:
         gradients = (weight.grad for optimizer in self._upkeep.optimizers for group in optimizer.param_groups
                      for weight in group["params"] if weight.grad is not None)  # fmt: skip
-        finite = all(bool(torch.isfinite(shards.local(gradient)).all()) for gradient in gradients)
+        finite = all(all_finite(shards.local(gradient)) for gradient in gradients)
         return shards.all_agree(finite, list(self.weights().values()))
 
 

@@ -1,10 +1,12 @@
 """A small network with everything that goes wrong elsewhere, and a trainer that is quiet about it."""
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -83,6 +85,16 @@ class ValidatedTask(Task):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.log("val/loss", nn.functional.cross_entropy(self(batch[0]), batch[1]), batch_size=len(batch[0]))
+
+
+class SaveEpochs(Checkpoint):
+    """Saves a checkpoint at the end of every epoch, after all other callbacks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt", weights_only=False)
 
 
 def task(seed: int = 0, make_optimizer: MakeOptimizer = sgd) -> Task:

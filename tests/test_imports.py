@@ -12,9 +12,10 @@ LEAVES = {"errors", "ops", "version"}
 ALLOWED = {
     "errors": set(), "version": set(), "ops": set(),
     "shards": {"errors"}, "upkeep": {"ops", "shards"},
-    "masks": {"errors", "shards"}, "targets": {"errors"}, "schedules": {"errors"}, "scores": {"errors", "shards"},
+    "masks": {"errors", "shards"}, "targets": {"errors"}, "schedules": {"errors"},
+    "scores": {"errors", "ops", "shards"},
     "checkpoints": {"errors"}, "distributions": {"errors", "ops"}, "patterns": {"errors", "ops", "masks"},
-    "sparsifier": {"errors", "masks", "targets", "scores", "distributions", "patterns", "schedules", "shards",
+    "sparsifier": {"errors", "masks", "ops", "targets", "scores", "distributions", "patterns", "schedules", "shards",
                    "upkeep"},
     "constant": {"errors", "masks", "sparsifier", "targets"}, "report": {"masks"},
     "models": {"errors", "models"}, "data": {"errors", "data"},

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from callbacks import GMP, LAMP, ConstantMask, GlobalMP, OneShot, Sparsify, StaticMask
@@ -15,7 +14,7 @@ from sparsity import Sparsifier, Targets, masks
 from sparsity.distributions import ER, ERK, Uniform, UniformPlus
 from sparsity.schedules import Iterative, Linear, Once
 from sparsity.scores import Random
-from tests.nets import Batches, MakeOptimizer, Task, adamw, sgd, task, trainer
+from tests.nets import Batches, MakeOptimizer, SaveEpochs, Task, adamw, sgd, task, trainer
 
 METHODS: dict[str, Callable[[], Sparsify]] = {
     "OneShot": lambda: OneShot(sparsity=0.8),
@@ -86,16 +85,6 @@ class Watch(pl.Callback):
             assert kept == planned, f"{kept} kept instead of {planned} after step {self.steps}"
         self.sparsities.append(1 - kept / total)
         assert self.sparsities[-1] >= self.sparsities[-2], "a pruned weight returned"
-
-
-class SaveEpochs(Checkpoint):
-    """Saves a checkpoint at the end of every epoch, after all other callbacks."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt", weights_only=False)
 
 
 def start(name: str, make_optimizer: MakeOptimizer = sgd, seed: int = 0) -> tuple[Task, Sparsify]:

@@ -1,7 +1,8 @@
 """Operations: one definition each in plain PyTorch. They know nothing of the rest of the package."""
 
 from sparsity.ops.adaptive import adaptive_counts
+from sparsity.ops.finite import all_finite
 from sparsity.ops.keep import keep_
 from sparsity.ops.select import kth_largest, largest
 
-__all__ = ["adaptive_counts", "keep_", "kth_largest", "largest"]
+__all__ = ["adaptive_counts", "all_finite", "keep_", "kth_largest", "largest"]

@@ -103,5 +103,6 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 def _weighted_kth(values: Tensor, counts: Tensor, k: int) -> float:
     """The k-th largest value, where each stands `counts` times."""
+    values, counts = values[counts > 0], counts[counts > 0]
     order = values.argsort(descending=True)
     return float(values[order[torch.searchsorted(counts[order].cumsum(0), k)]])

@@ -1,0 +1,68 @@
+"""A run of two gloo processes, one column, DDP or FSDP2; each rank writes its sparsity and the hash of its masks.
+
+python -m tests.guarantees.distributed LAMP fsdp2 folder
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+from sparsity import masks, shards
+from tests.guarantees.columns import Column, Ours, column
+from tests.guarantees.situations import Task, sgd
+from tests.nets import trainer
+
+
+class Sharded(Task):
+    """The task with each layer sharded over the processes."""
+
+    def configure_model(self) -> None:
+        if not shards.is_spread(self.one.weight):
+            for module in (self.one, self.norm, self.two, self.head):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]  # the strategy's
+            fully_shard(self, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]  # the strategy's
+
+
+class ZerosEverywhere(pl.Callback):
+    """After each step: what the masks prune is zero in the whole weights and their optimizer state."""
+
+    def __init__(self, column: Column) -> None:
+        self.column = column
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        found = self.column.masks(pl_module)
+        for name, weight in self.column.parameters(pl_module).items():
+            states = [s for s in trainer.optimizers[0].state.get(weight, {}).values() if isinstance(s, torch.Tensor)]
+            for tensor in [weight, *states] if isinstance(self.column, Ours) else states:
+                if tensor.shape == weight.shape:
+                    assert not shards.whole(tensor.detach())[~found[name]].any(), f"{name} is not zero"
+
+
+def main(name: str, strategy: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    pl.seed_everything(0, verbose=False)
+    method = column(name)
+    model: Task = Sharded(sgd) if strategy == "fsdp2" else Task(sgd)
+    how: Any = strategy
+    if strategy == "fsdp2":
+        how = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    data = TensorDataset(torch.randn(96, 32), torch.randint(0, 4, (96,)))
+    runner = trainer(*method.callbacks(model), ZerosEverywhere(method), strategy=how, devices=2)
+    runner.fit(model, DataLoader(data, batch_size=8, shuffle=True))
+    found = method.masks(model)
+    for key, weight in method.weights(model).items():
+        assert not shards.whole(weight)[~found[key]].any(), f"{key} is not zero"
+    total = sum(mask.numel() for mask in found.values())
+    sparsity = 1 - sum(int(mask.count_nonzero()) for mask in found.values()) / total
+    whole = {key: shards.whole(weight).double().sum().item() for key, weight in method.weights(model).items()}
+    (folder / f"rank{runner.global_rank}").write_text(f"{sparsity} {masks.fingerprint(found)} {whole}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

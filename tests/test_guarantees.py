@@ -1,0 +1,17 @@
+"""Every method of this project holds every guarantee; the peers' columns are run by benchmarks/guarantees.py."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.guarantees.columns import OURS
+from tests.guarantees.situations import SITUATIONS, verdict
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_guarantee(situation: str, name: str, tmp_path: Path) -> None:
+    found, why = verdict(situation, name, tmp_path)
+    if found == "not run":
+        pytest.skip(why)
+    assert found == "yes", f"{found}: {why}"
