@@ -11,7 +11,7 @@ from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsif
 from torch.nn.utils import parametrize, prune
 
 from callbacks import GMP, LAMP, ConstantMask, GlobalMP, OneShot, Sparsify, StaticMask
-from sparsity import Sparsifier
+from sparsity import Sparsifier, shards
 from sparsity.schedules import Linear
 from sparsity.targets import clean
 
@@ -93,7 +93,7 @@ class Peer(Column):
 
     def weights(self, model: nn.Module) -> Named:
         parameters, masks = self.parameters(model), self.masks(model)
-        return {name: weight.detach() * masks[name] for name, weight in parameters.items()}
+        return {name: shards.whole(weight.detach()) * masks[name] for name, weight in parameters.items()}
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return {f"{name}.weight": self.original(module) for name, module in layers(model).items()}
@@ -105,7 +105,7 @@ class Peer(Column):
 
     def kept(self, module: nn.Module) -> Tensor:
         found = [b for name, b in module.named_buffers() if name.endswith("mask")]
-        return found[0].bool() if found else self.original(module).detach() != 0
+        return shards.whole(found[0]).bool() if found else shards.whole(self.original(module).detach()) != 0
 
 
 class TorchPrune(Peer):

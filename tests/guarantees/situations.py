@@ -85,10 +85,10 @@ class Batches:
 
 
 class Watch(pl.Callback):
-    """Checks after every real step: the count to the weight, pruned weights and their optimizer state."""
+    """Checks after every real step: the count to the weight, pruned weights and, if asked, their optimizer state."""
 
-    def __init__(self, column: Column, seen: int = 0) -> None:
-        self.column, self.steps = column, seen
+    def __init__(self, column: Column, seen: int = 0, states: bool = False) -> None:
+        self.column, self.steps, self.states = column, seen, states
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.steps:
@@ -96,7 +96,7 @@ class Watch(pl.Callback):
         self.steps += 1
         assert trainer.global_step == self.steps
         right(self.column, pl_module, self.column.asked())
-        for name, weight in self.column.parameters(pl_module).items():
+        for name, weight in self.column.parameters(pl_module).items() if self.states else ():
             for optimizer in trainer.optimizers:
                 for key, state in optimizer.state.get(weight, {}).items():
                     if isinstance(state, Tensor) and state.shape == weight.shape:
@@ -144,7 +144,11 @@ def start(
 
 def optimizer(make: MakeOptimizer) -> Callable[[Column, Path], None]:
     def check(column: Column, folder: Path) -> None:
-        fit(column, task(make))
+        model = task(make)
+        watch = Watch(column, states=True)
+        trainer(*column.callbacks(model), watch).fit(model, Batches())
+        assert watch.steps == STEPS
+        right(column, model, SPARSITY)
 
     return check
 
@@ -339,9 +343,8 @@ def tied(column: Column, folder: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             tokens = (x[:, :4].abs() * 8).long() % 16
             hidden = self.embedding(tokens).mean(1)
-            return (
-                self.head(torch.relu(self.two(torch.relu(self.norm(self.one(hidden)))))) + self.decoder(hidden)[:, :4]
-            )
+            logits: Tensor = super().forward(hidden) + self.decoder(hidden)[:, :4]
+            return logits
 
     if isinstance(column, Ours):
         # A tie is one weight under its first name; an embedding is left alone unless it is named.
@@ -588,7 +591,8 @@ def command_line(column: Column, folder: Path) -> None:
 
 adamw: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
 SITUATIONS: dict[str, Callable[[Column, Path], None]] = {
-    "exact density after every step, SGD with momentum and weight decay": optimizer(sgd),
+    "exact density after every real step": setting(),
+    "pruned weights and their optimizer state zero: SGD, momentum, weight decay": optimizer(sgd),
     "the same: SGD, Nesterov": optimizer(
         lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2)),
     "the same: Adam": optimizer(lambda p: torch.optim.Adam(p, lr=1e-2)),
