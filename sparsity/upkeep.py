@@ -72,11 +72,14 @@ class Upkeep:
         """Whether the steps of all optimizers leave zeros of this weight's dtype alone, and versions tell of others."""
         if shards.is_spread(weight):
             return False
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        # torch 2.13's fused SGD moves momentum to other elements in bfloat16 on a CPU.
+        whole = weight.dtype in (torch.float32, torch.float64) or not any(group.get("fused") for group in groups)
         tiny = torch.finfo(weight.dtype).tiny
-        return all(
-            type(optimizer) is SGD
-            or (type(optimizer) in (Adam, AdamW) and all(group["eps"] > tiny for group in optimizer.param_groups))
-            for optimizer in self.optimizers
+        return (
+            all(type(optimizer) in (SGD, Adam, AdamW) for optimizer in self.optimizers)
+            and all(group.get("eps", 1.0) > tiny for group in groups)
+            and whole
         )
 
 

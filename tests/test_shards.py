@@ -1,0 +1,65 @@
+"""DTensors, in one process; two processes are in the guarantees (FSDP2)."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from sparsity import InputError, Sparsifier, masks, shards
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=0, world_size=1)
+        yield init_device_mesh("cpu", (1,))
+        dist.destroy_process_group()
+
+
+def test_a_sharded_model_gets_the_masks_of_the_whole_one(mesh: Any) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    sharded = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    sharded.load_state_dict(plain.state_dict())
+    fully_shard(sharded, mesh=mesh)
+    found = []
+    for model in (plain, sharded):
+        sparsifier = Sparsifier(0.75)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        sparsifier.attach(model, optimizer)
+        for step in range(3):
+            torch.manual_seed(step)
+            model(torch.randn(5, 12)).square().mean().backward()
+            sparsifier.update(step)
+            optimizer.step()
+            sparsifier.apply()
+            optimizer.zero_grad()
+            for name, weight in sparsifier.weights().items():
+                assert not shards.whole(weight.detach())[~sparsifier.masks[name]].any()
+        assert not any(shards.is_spread(mask) for mask in sparsifier.masks.values())
+        found.append(masks.fingerprint(sparsifier.masks))
+    assert shards.is_spread(sharded[0].weight)  # type: ignore[arg-type]  # a Linear's
+    assert found[0] == found[1]
+
+
+def test_plain_tensors_are_whole_and_local() -> None:
+    tensor, mask = torch.ones(3), torch.tensor([True, False, True])
+    assert shards.whole(tensor) is shards.local(tensor) is tensor
+    assert shards.local_mask(mask, tensor) is mask
+    assert shards.all_agree(True, [nn.Parameter(tensor)])
+    assert not shards.all_agree(False, [nn.Parameter(tensor)])
+
+
+@pytest.mark.parametrize("mark", ["_fsdp_flattened", "ds_id"])
+def test_flattened_weights_are_refused(mark: str) -> None:
+    model = nn.Linear(4, 4)
+    setattr(model.weight, mark, True)
+    with pytest.raises(InputError, match=r"'weight' is sharded in a flat form .* use FSDP2"):
+        Sparsifier(0.5).attach(model)
