@@ -84,8 +84,10 @@ class Sparsifier:
         elif model is not self._model:
             self.masks, self.renewed, self.seed = self.first_masks(), -1, seed
         self._model = model
-        self.check_budget()
-        if not self.score.needs_gradient and not loaded:
+        renews = not self.score.needs_gradient and not loaded
+        if not (renews and self._due(0) == self.last_renewal()):  # that renewal finds out by itself
+            self.check_budget()
+        if renews:
             self._renew_if_due(0)
         self.enforce()
 
