@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(RUN) -m pip install --disable-pip-version-check -q
 install = $(PIP) $(TORCH) && $(PIP) -c constraints.txt -e '.[$(1)]'
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench guarantees clean
 
 demo: $(VENV)/.demo  ## train the quickstart recipe on real data, offline, and print its report
 	$(RUN) train.py fit --config recipes/digits_lamp.yaml
@@ -21,6 +21,9 @@ test: $(VENV)/.dev  ## lint, types, tests
 
 bench: $(VENV)/.demo  ## the measured results of the quickstart recipe, three seeds each
 	$(RUN) benchmarks/recipes.py digits_lamp
+
+guarantees: $(VENV)/.dev  ## runs every guarantee with every method and every peer, and writes the README's table
+	$(RUN) -m benchmarks.guarantees
 
 ifdef PYTHON
 # In an environment of yours, pip looks each time: the stamp of one environment says nothing of another.

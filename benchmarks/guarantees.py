@@ -1,7 +1,7 @@
 """Runs every situation with every method of this project and every peer, and writes the table in the README.
 
-    python benchmarks/guarantees.py                 # all of it: some ten minutes on two cores
-    python benchmarks/guarantees.py --table         # the table again, from the results that are there
+    python -m benchmarks.guarantees             # all of it: some ten minutes on two cores
+    python -m benchmarks.guarantees --table     # the table again, from the results that are there
 
 A cell is "yes" where the run kept the guarantee, "no" where it ended without an error and broke it, "refused" where the
 method said beforehand that it would not work, "error" where it failed otherwise. The reasons are in the JSON.

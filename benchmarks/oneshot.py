@@ -1,6 +1,6 @@
 """One-shot pruning of 100 million weights to 90 %: time and peak memory, LAMP, global and `global_unstructured`.
 
-    python benchmarks/oneshot.py
+    python -m benchmarks.oneshot
 
 Each run is a fresh process that builds the model (six linear layers of 4096 x 4096), then prunes it once. `peak` is how
 far the resident memory rises above the model's own while it does, `after` how much is still taken when it is done, in
@@ -57,7 +57,7 @@ def child(method: str) -> None:
     prune_once(method, model)
     seconds = time.perf_counter() - start
     peak, after = status("VmHWM") - before, status("VmRSS") - before
-    zeros = sum(int((layer.weight == 0).sum()) for layer in model)  # type: ignore[arg-type]  # a Linear's weight
+    zeros = sum(layer.get_parameter("weight").numel() - int(torch.count_nonzero(layer.weight)) for layer in model)  # type: ignore[arg-type]  # a tensor
     weights = LAYERS * WIDTH * WIDTH
     found = {"seconds": seconds, "peak": peak / weights, "after": after / weights, "zeros": zeros, "weights": weights}
     print(json.dumps(found))

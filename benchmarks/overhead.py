@@ -1,6 +1,6 @@
 """What a mask costs: a Lightning training step with each callback at 90 %, over the same step without it.
 
-    python benchmarks/overhead.py
+    python -m benchmarks.overhead
 
 Each run trains on the same batches in memory and times every step, from the end of one batch to the end of the next.
 `plain` is the median of the steps that renew no masks over the dense median; `amortised` puts one measured renewal into
@@ -10,6 +10,7 @@ of the first epoch, and `torch.nn.utils.prune.global_unstructured` before traini
 """
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -32,16 +33,17 @@ from callbacks import GMP, LAMP, ConstantMask, GlobalMP, OneShot, StaticMask
 from sparsity import Sparsifier, models
 from sparsity.schedules import Linear
 
-RESULT = Path(__file__).parent / "results" / "overhead.json"
-STEPS, EVERY = 24, 6  # steps of a run, half of them before the steps that are timed; renewals are 6 apart
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "overhead.json"
 Batch = tuple[Tensor, Tensor]
 
 
 class Setting:
-    """A network, the shape of its input, its batch size and its optimizer."""
+    """A network, the shape of its inputs with their batch, and how many steps a run takes, the second half timed."""
 
-    def __init__(self, network: Callable[[], nn.Module], shape: tuple[int, ...], batch: int, clip: float = 0.0) -> None:
-        self.network, self.shape, self.batch, self.clip = network, shape, batch, clip
+    def __init__(self, network: Callable[[], nn.Module], shape: tuple[int, ...], steps: int, clip: float = 0.0) -> None:
+        self.network, self.shape, self.steps, self.clip = network, shape, steps, clip
+        self.every = steps // 4  # from one renewal to the next
 
 
 def mlp() -> nn.Module:
@@ -49,14 +51,15 @@ def mlp() -> nn.Module:
 
 
 SETTINGS = {
-    "LeNet-300-100": Setting(models.LeNet300100, (1, 28, 28), 128),
-    "ResNet-20": Setting(models.ResNet20, (3, 32, 32), 32),
-    "MLP 4096x4096": Setting(mlp, (4096,), 128),
-    "MLP 4096x4096, clipping by norm": Setting(mlp, (4096,), 128, clip=1.0),
+    "LeNet-300-100": Setting(models.LeNet300100, (128, 1, 28, 28), 400),
+    "ResNet-20": Setting(models.ResNet20, (32, 3, 32, 32), 48),
+    "MLP 4096x4096": Setting(mlp, (128, 4096), 16),
+    "MLP 4096x4096, clipping by norm": Setting(mlp, (128, 4096), 16, clip=1.0),
 }
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, weight_decay=5e-4),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-4),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True),
 }
 
 
@@ -73,28 +76,28 @@ class Task(pl.LightningModule):
 
 
 class Loader:
-    """A few batches, again and again: `STEPS // 2` to the epoch."""
+    """A few batches, again and again: half the run to the epoch."""
 
     def __init__(self, setting: Setting) -> None:
-        self.batches = [
-            (torch.randn(setting.batch, *setting.shape), torch.randint(10, (setting.batch,))) for _ in range(4)
-        ]
+        self.count = setting.steps // 2
+        self.batches = [(torch.randn(setting.shape), torch.randint(10, setting.shape[:1])) for _ in range(4)]
 
     def __iter__(self) -> Iterator[Batch]:
         return itertools.islice(itertools.cycle(self.batches), len(self))
 
     def __len__(self) -> int:
-        return STEPS // 2
+        return self.count
 
 
 class Clock(pl.Callback):
     """Times the steps of the second half of the run."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int) -> None:
+        self.first = first
         self.ends: list[float] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step >= STEPS // 2:
+        if trainer.global_step >= self.first:
             self.ends.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
@@ -105,9 +108,9 @@ def layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(module, "weight") for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
-def prepare(method: str, model: Task) -> list[pl.Callback]:
+def prepare(method: str, model: Task, setting: Setting) -> list[pl.Callback]:
     """The callbacks of a method; what works without one prunes the model here."""
-    renewing = Linear(start=0, end=STEPS - EVERY, every=EVERY)
+    renewing = Linear(start=0, end=setting.steps - setting.every, every=setting.every)
     if method == "ConstantMask":
         Sparsifier(0.9).attach(model)
     if method == "torch.nn.utils.prune":
@@ -131,26 +134,29 @@ RENEWING = ("GMP", "LAMP", "GlobalMP")
 def run(name: str, optimizer: str, method: str) -> tuple[list[float], list[float]]:
     """The seconds of the steps without a renewal of masks, and of those with one."""
     torch.manual_seed(0)
-    setting, clock = SETTINGS[name], Clock()
+    setting = SETTINGS[name]
+    clock = Clock(setting.steps // 2)
     model = Task(setting, optimizer)
     quiet: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
     trainer = pl.Trainer(
-        max_steps=STEPS, accelerator="cpu", callbacks=[*prepare(method, model), clock],
+        max_steps=setting.steps, accelerator="cpu", callbacks=[*prepare(method, model, setting), clock],
         gradient_clip_val=setting.clip or None, **quiet,
     )  # fmt: skip
     trainer.fit(model, Loader(setting))
     seconds = clock.seconds()
-    # The first timed interval ends with step STEPS / 2, counted from 0.
-    renewals = {step for step in range(len(seconds)) if method in RENEWING and (STEPS // 2 + step) % EVERY == 0}
+    # The first timed interval is the step that begins the second half.
+    renewals = {i for i in range(len(seconds)) if method in RENEWING and (setting.steps // 2 + i) % setting.every == 0}
     return ([each for i, each in enumerate(seconds) if i not in renewals], [seconds[i] for i in sorted(renewals)])
 
 
 def memory(name: str, optimizer: str, method: str) -> int:
     """The peak resident bytes of a fresh process that trains."""
     code = f"from benchmarks import overhead as o; o.run({name!r}, {optimizer!r}, {method!r}); print(o.peak())"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     return int(done.stdout.split()[-1])
 
 
@@ -165,6 +171,7 @@ def measure(name: str, optimizer: str, repeats: int) -> dict[str, Any]:
     renewing: dict[str, list[float]] = {method: [] for method in METHODS}
     for _, method in track(list(itertools.product(range(repeats), METHODS)), description=f"{name}, {optimizer}"):
         steps, renewals = run(name, optimizer, method)
+        gc.collect()
         plain[method] += steps
         renewing[method] += renewals
     dense = statistics.median(plain["dense"])
@@ -178,20 +185,25 @@ def measure(name: str, optimizer: str, repeats: int) -> dict[str, Any]:
             "renewal_ms": None if renewal is None else round(1e3 * renewal, 3),
             "amortised": None if renewal is None else round((99 * step + renewal) / 100 / dense, 3),
         }  # fmt: skip
-    if name == "MLP 4096x4096":
+    if (name, optimizer) == ("MLP 4096x4096", "SGD"):
         base = memory(name, optimizer, "dense")
         for method in METHODS[1:]:
             rows[method]["memory"] = round((memory(name, optimizer, method) - base) / weights, 2)
-    return {"network": name, "optimizer": optimizer, "batch": SETTINGS[name].batch, "weights": weights, "rows": rows}
+    return {"network": name, "optimizer": optimizer, "batch": SETTINGS[name].shape[0], "weights": weights, "rows": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(SETTINGS), choices=SETTINGS)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    results = [measure(name, optimizer, options.repeats) for name in options.networks for optimizer in OPTIMIZERS]
+    results = [
+        measure(name, optimizer, options.repeats)
+        for name in options.networks
+        for optimizer in OPTIMIZERS
+        if optimizer == "SGD" or not SETTINGS[name].clip
+    ]
     about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "sparsity": 0.9, "device": "cpu"}
     RESULT.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
     for result in results:

@@ -1,6 +1,6 @@
 """Twenty thousand steps of the digits recipe with a renewal every ten: does memory grow, does the count drift?
 
-python benchmarks/soak.py
+python -m benchmarks.soak
 """
 
 import gc

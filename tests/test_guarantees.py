@@ -1,4 +1,4 @@
-"""Every method of this project holds every guarantee; the peers' columns are run by benchmarks/guarantees.py."""
+"""Every method of this project holds every guarantee. The peers' columns: `python -m benchmarks.guarantees`."""
 
 from pathlib import Path
 
