@@ -57,7 +57,8 @@ def child(method: str) -> None:
     prune_once(method, model)
     seconds = time.perf_counter() - start
     peak, after = status("VmHWM") - before, status("VmRSS") - before
-    zeros = sum(layer.get_parameter("weight").numel() - int(torch.count_nonzero(layer.weight)) for layer in model)  # type: ignore[arg-type]  # a tensor
+    used: list[torch.Tensor] = [layer.weight for layer in model]  # type: ignore[misc]  # tensors, of linear layers
+    zeros = sum(int((weight == 0).count_nonzero()) for weight in used)
     weights = LAYERS * WIDTH * WIDTH
     found = {"seconds": seconds, "peak": peak / weights, "after": after / weights, "zeros": zeros, "weights": weights}
     print(json.dumps(found))

@@ -12,6 +12,7 @@ from sparsity.distributions import (
     ERK,
     Distribution,
     Global,
+    LayerAdaptive,
     PerLayer,
     Uniform,
     UniformPlus,
@@ -21,7 +22,9 @@ from sparsity.distributions import (
     uniform,
     uniform_plus,
 )
+from sparsity.errors import InputError
 from sparsity.schedules import Linear
+from sparsity.scores import Magnitude, Scores, lamp
 from sparsity.sparsifier import Sparsifier
 
 Shapes = dict[str, tuple[int, ...]]
@@ -363,3 +366,35 @@ def test_an_infeasible_budget_is_refused_with_the_highest_that_is_not(
 def test_a_distribution_without_a_rule_says_so() -> None:
     with pytest.raises(NotImplementedError, match="Distribution defines no distribution"):
         Distribution()(normal(ODD), 0.5)
+
+
+@pytest.mark.parametrize("density", [0.9, 0.5, 0.1, 0.02])
+def test_layer_adaptive_counts_are_those_of_global_lamp_scores(density: float) -> None:
+    """Two ways to LAMP: its scores ranked over the whole model, and its counts with magnitudes in each layer."""
+    torch.manual_seed(0)
+    weights = {"conv": torch.randn(16, 3, 3, 3), "wide": 0.01 * torch.randn(64, 48), "head": 5 * torch.randn(10, 64)}
+    by_scores = Global()({name: lamp(weight.double()) for name, weight in weights.items()}, density)
+    assert LayerAdaptive()({name: weight.abs() for name, weight in weights.items()}, density) == by_scores
+    assert sum(by_scores.values()) == round(density * sum(weight.numel() for weight in weights.values()))
+
+
+def test_layer_adaptive_empties_no_layer() -> None:
+    scores = {"small": torch.full((4, 4), 1e-20), "large": torch.rand(100, 100)}
+    assert LayerAdaptive()(scores, 2 / 10_016) == {"small": 1, "large": 1}
+    with pytest.raises(InputError, match="it keeps none"):
+        LayerAdaptive()(scores, 1e-6)
+
+
+def test_shapes_are_asked_for_without_computing_scores() -> None:
+    class Counting(Magnitude):
+        calls = 0
+
+        def __call__(self, weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+            self.calls += 1
+            return super().__call__(weight, gradient, generator)
+
+    score = Counting()
+    weights = {"a": torch.randn(20, 30), "b": torch.randn(5, 20)}
+    full = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    ERK()(Scores(score, weights, full, seed="0"), 0.5)
+    assert score.calls == 0

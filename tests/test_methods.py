@@ -13,7 +13,7 @@ from callbacks import GMP, LAMP, ConstantMask, GlobalMP, OneShot, Sparsify, Stat
 from sparsity import Sparsifier, Targets, masks
 from sparsity.distributions import ER, ERK, Uniform, UniformPlus
 from sparsity.schedules import Iterative, Linear, Once
-from sparsity.scores import Random
+from sparsity.scores import Lamp, Random
 from tests.nets import Batches, MakeOptimizer, SaveEpochs, Task, adamw, sgd, task, trainer
 
 METHODS: dict[str, Callable[[], Sparsify]] = {
@@ -21,6 +21,7 @@ METHODS: dict[str, Callable[[], Sparsify]] = {
     "OneShot midway": lambda: OneShot(sparsity=0.7, at=0.5, distribution=UniformPlus()),
     "OneShot random": lambda: OneShot(sparsity=0.5, at="1ep", score=Random(), distribution=ERK()),
     "OneShot 2:4": lambda: OneShot(sparsity=0.5, pattern="2:4", distribution=Uniform()),
+    "OneShot by LAMP scores": lambda: OneShot(sparsity=0.9, at="1ep", score=Lamp()),
     "GMP": lambda: GMP(sparsity=0.9),
     "GMP linear, ERK": lambda: GMP(sparsity=0.9, schedule=Linear(0.1, 0.8, 0.15), distribution=ERK()),
     "GMP 1:4": lambda: GMP(sparsity=0.75, pattern="1:4", schedule=Linear(0.1, 0.8, 2)),
@@ -144,6 +145,11 @@ def test_same_seed_same_masks(name: str) -> None:
     first, second = run(name), run(name)
     assert masks.fingerprint(first[1].sparsifier.masks) == masks.fingerprint(second[1].sparsifier.masks)
     assert parameters_equal(first[0], second[0])
+
+
+def test_lamps_counts_and_lamps_scores_are_one_method() -> None:
+    by_counts, by_scores = run("LAMP one-shot"), run("OneShot by LAMP scores")
+    assert masks.fingerprint(by_counts[1].sparsifier.masks) == masks.fingerprint(by_scores[1].sparsifier.masks)
 
 
 @pytest.mark.parametrize("name", ["StaticMask", "OneShot random"])
