@@ -77,11 +77,11 @@ class SparsityReport(Callback):
             return
         logged = trainer.callback_metrics.items()
         self.metrics |= {name: _finite(value) for name, value in logged if not name.startswith("sparsity/")}
-        self._write_on_rank_zero(trainer, pl_module, folder)
+        # On all ranks: weights that are spread over them are gathered, and their forward pass is counted together.
+        self._write_on_rank_zero(trainer, self.describe(trainer, pl_module), folder)
 
     @rank_zero_only
-    def _write_on_rank_zero(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
-        result = self.describe(trainer, pl_module)
+    def _write_on_rank_zero(self, trainer: Trainer, result: report.Report, folder: Path) -> None:
         report.save(result, folder / "report.json")
         self._result, self._path = result, folder / "report.json"
         if find_spec("matplotlib"):

@@ -12,7 +12,7 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sparsity import Horizon, InputError, Sparsifier, masks
+from sparsity import Horizon, InputError, Sparsifier, masks, shards
 from sparsity.schedules import Constant
 from sparsity.targets import clean
 
@@ -127,7 +127,10 @@ class Sparsify(Callback):
         state = checkpoint["state_dict"]
         for name, value in state.items():
             mask = self.sparsifier.masks.get(clean(name))
-            if mask is not None and bool(value[~mask.to(value.device)].any()):
+            # Weights that are spread over processes are the model's own: no averaging callback has them.
+            if mask is None or shards.is_spread(value):
+                continue
+            if bool(value[~mask.to(value.device)].any()):
                 state[name] = torch.where(mask.to(value.device), value, 0)
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsity import shards
 from sparsity.masks import counts
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def layers(masks: Mapping[str, Tensor], pattern: str) -> dict[str, dict[str, Any
 
 def sizes(model: nn.Module, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, int]:
     """Bytes of the model's state dense, and stored with a bitmask and the kept values of each target."""
-    distinct = {(value.data_ptr(), value.shape): value for value in model.state_dict().values()}
+    distinct = {(shards.local(value).data_ptr(), value.shape): value for value in model.state_dict().values()}
     dense = sum(value.numel() * value.element_size() for value in distinct.values())
     kept = counts(masks)
     saved = 0

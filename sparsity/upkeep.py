@@ -87,14 +87,15 @@ class Seen:
     """A tensor, weakly held, and how often it had been written to."""
 
     def __init__(self, tensor: Tensor | None) -> None:
-        self.reference = None if tensor is None else TensorWeakRef(tensor)
-        self.version = 0 if tensor is None else tensor._version
+        # A parameter that something holds weakly cannot be swapped, which moving a DTensor module does.
+        self._weak = None if tensor is None or isinstance(tensor, Parameter) else TensorWeakRef(tensor)
+        self._held = tensor if self._weak is None else None
+        self._version = 0 if tensor is None else tensor._version
 
     def is_still(self, tensor: Tensor | None) -> bool:
         """Whether it is this tensor, and has not been written to since."""
-        if tensor is None or self.reference is None:
-            return tensor is None and self.reference is None
-        return self.reference() is tensor and self.version == tensor._version
+        mine = self._held if self._weak is None else self._weak()
+        return mine is tensor and (tensor is None or self._version == tensor._version)
 
 
 def _untouched(seen: list[Seen] | None, tensors: list[Tensor | None]) -> bool:

@@ -17,7 +17,7 @@ ALLOWED = {
     "checkpoints": {"errors"}, "distributions": {"errors", "ops"}, "patterns": {"errors", "ops", "masks"},
     "sparsifier": {"errors", "masks", "ops", "targets", "scores", "distributions", "patterns", "schedules", "shards",
                    "upkeep"},
-    "constant": {"errors", "masks", "sparsifier", "targets"}, "report": {"masks"},
+    "constant": {"errors", "masks", "sparsifier", "targets"}, "report": {"masks", "shards"},
     "models": {"errors", "models"}, "data": {"errors", "data"},
     "callbacks": set(),
     "__init__": {"errors", "schedules", "sparsifier", "targets", "version"},

@@ -1,8 +1,11 @@
 """A run of two gloo processes, one column, DDP or FSDP2; each rank writes its sparsity and the hash of its masks.
 
+This project's methods also write a report, save a checkpoint and go on from it.
+
 python -m tests.guarantees.distributed LAMP fsdp2 folder
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
+from callbacks import SparsityReport
 from sparsity import masks, shards
 from tests.guarantees.columns import Column, Ours, column
 from tests.guarantees.situations import Task, sgd
@@ -44,24 +48,45 @@ class ZerosEverywhere(pl.Callback):
                     assert not shards.whole(tensor.detach())[~found[name]].any(), f"{name} is not zero"
 
 
+def fit(method: Column, strategy: str, folder: Path, epochs: int, resume: Path | None = None) -> pl.Trainer:
+    """Trains on two processes, with a report if the method is ours, and saves a checkpoint."""
+    model: Task = Sharded(sgd) if strategy == "fsdp2" else Task(sgd)
+    how: Any = strategy
+    if strategy == "fsdp2":
+        how = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(96, 32), torch.randint(0, 4, (96,)))
+    report = [SparsityReport()] if isinstance(method, Ours) else []
+    runner = trainer(
+        *method.callbacks(model), ZerosEverywhere(method), *report,
+        epochs=epochs, strategy=how, devices=2, default_root_dir=folder,
+    )  # fmt: skip
+    runner.fit(model, DataLoader(data, batch_size=8, shuffle=True), ckpt_path=str(resume) if resume else None)
+    if isinstance(method, Ours):
+        runner.save_checkpoint(folder / f"{epochs}.ckpt")
+    return runner
+
+
 def main(name: str, strategy: str, folder: Path) -> None:
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
     method = column(name)
-    model: Task = Sharded(sgd) if strategy == "fsdp2" else Task(sgd)
-    how: Any = strategy
-    if strategy == "fsdp2":
-        how = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
-    data = TensorDataset(torch.randn(96, 32), torch.randint(0, 4, (96,)))
-    runner = trainer(*method.callbacks(model), ZerosEverywhere(method), strategy=how, devices=2)
-    runner.fit(model, DataLoader(data, batch_size=8, shuffle=True))
+    runner = fit(method, strategy, folder, epochs=3)
+    if isinstance(method, Ours):
+        method = column(name)
+        runner = fit(method, strategy, folder, epochs=4, resume=folder / "3.ckpt")
+    model = runner.lightning_module
     found = method.masks(model)
     for key, weight in method.weights(model).items():
         assert not shards.whole(weight)[~found[key]].any(), f"{key} is not zero"
     total = sum(mask.numel() for mask in found.values())
     sparsity = 1 - sum(int(mask.count_nonzero()) for mask in found.values()) / total
     whole = {key: shards.whole(weight).double().sum().item() for key, weight in method.weights(model).items()}
-    (folder / f"rank{runner.global_rank}").write_text(f"{sparsity} {masks.fingerprint(found)} {whole}")
+    text = f"{sparsity} {masks.fingerprint(found)} {whole}"
+    if isinstance(method, Ours):
+        assert method.method.step == 24, f"{method.method.step} steps"
+        text += json.loads((folder / "report.json").read_text())["sparsity"]["achieved"].__format__(".4f")
+    (folder / f"rank{runner.global_rank}").write_text(text)
 
 
 if __name__ == "__main__":

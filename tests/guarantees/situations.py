@@ -446,7 +446,8 @@ def processes(strategy: str) -> Callable[[Column, Path], None]:
     def check(column: Column, folder: Path) -> None:
         done = python("-m", "tests.guarantees.distributed", column.name, strategy, str(folder))
         reports = [path.read_text() for path in sorted(folder.glob("rank*"))]
-        assert len(reports) == 2, last_line(done)
+        if len(reports) != 2:
+            raise RuntimeError(last_line(done))
         assert reports[0] == reports[1], f"the ranks differ: {reports}"
         assert f"{SPARSITY} " in reports[0], f"sparsity and hash of the masks: {reports[0]}"
 
