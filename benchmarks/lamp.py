@@ -153,6 +153,17 @@ def figure(result: dict[str, Any]) -> Figure:
     return picture
 
 
+def table(result: dict[str, Any]) -> str:
+    """Test accuracy in percent at some densities, in Markdown."""
+    rounds = [0, 5, 8, 10, 12, 14, 16, 18]
+    lines = ["| density | " + " | ".join(f"{0.8**number:.3f}" for number in rounds) + " |", "|---" * 9 + "|"]
+    for method in dict.fromkeys(point["method"] for point in result["summary"]):
+        points = {point["round"]: point for point in result["summary"] if point["method"] == method}
+        cells = [f"{100 * points[n]['test_acc_mean']:.2f} ± {100 * points[n]['test_acc_std']:.2f}" for n in rounds]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", choices=SETTINGS)
@@ -166,7 +177,9 @@ def main() -> None:
         path.write_text(
             json.dumps(measure(options.setting, options.seeds, options.data, options.jobs), indent=1) + "\n"
         )
-    figure(json.loads(path.read_text())).savefig(path.with_suffix(".png"), dpi=120)
+    result = json.loads(path.read_text())
+    figure(result).savefig(path.with_suffix(".png"), dpi=120)
+    print(table(result))
 
 
 def measure(name: str, seeds: list[int], folder: str | None, jobs: int) -> dict[str, Any]:

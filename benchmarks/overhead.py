@@ -206,10 +206,33 @@ def main() -> None:
     ]
     about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "sparsity": 0.9, "device": "cpu"}
     RESULT.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    print(table(results))
+
+
+OURS = METHODS[1:-2]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The ratios in Markdown: the least and the greatest of our callbacks, and the peers."""
+    heads = [
+        "network, optimizer",
+        "dense step",
+        "our callbacks",
+        "with renewals",
+        *(f"`{peer}`" for peer in METHODS[-2:]),
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for result in results:
-        print(f"\n{result['network']}, {result['optimizer']}, batch {result['batch']}")
-        for method, row in result["rows"].items():
-            print(f"  {method:22}" + "  ".join(f"{key} {value}" for key, value in row.items() if value is not None))
+        rows = result["rows"]
+        plain = [rows[method]["plain"] for method in OURS]
+        amortised = [rows[method]["amortised"] for method in RENEWING]
+        peers = [f"{rows[method]['plain']:.2f}" for method in METHODS[-2:]]
+        lines.append(
+            f"| {result['network']}, {result['optimizer']} | {rows['dense']['step_ms']:.1f} ms "
+            f"| {min(plain):.2f} to {max(plain):.2f} | {min(amortised):.2f} to {max(amortised):.2f} "
+            f"| {peers[0]} | {peers[1]} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
