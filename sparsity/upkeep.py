@@ -1,6 +1,7 @@
 """Upkeep: pruned weights and their optimizer state stay exactly zero, at the least cost."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,38 +25,39 @@ class Upkeep:
 
     for finite settings and an eps above zero in the weight's dtype. So a pass over the gradients, before the step, is
     all that such a step costs. After it, a weight is passed over where that reasoning has a gap: another optimizer
-    (also a subclass of these), a gradient written after it was masked (clipping does that, and makes NaN of zeros
-    where the norm is not finite), a weight or state that someone else wrote since the last pass, or new masks.
-    Who wrote is told by torch's version counters. They do not see writes through `.data`, which stay until the next
-    `enforce`.
+    (also a subclass of these, or one that was not attached), a gradient written after it was masked (clipping does
+    that, and makes NaN of zeros where the norm is not finite), a weight, state or mask that someone else wrote since
+    the last pass. Who wrote is told by torch's version counters. They do not see writes through `.data`, which stay
+    until the next `enforce`.
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
         self.optimizers = optimizers
-        self._zero: dict[str, list[Seen]] = {}  # weights and state, when their zeros were last known to be in place
-        self._sound: dict[str, tuple[list[Seen], Tensor]] = {}  # gradients as they were masked, and the masks
+        self._zero: dict[str, list[Seen]] = {}  # what was there when zeros were last in place
+        self._masked: dict[str, list[Seen]] = {}  # the gradients and masks of a step that will leave them there
 
     def mask_gradients(self, weights: Weights, masks: Mapping[str, Tensor]) -> None:
         """Before the step: pruned weights get a gradient of exactly zero."""
-        self._sound.clear()
+        self._masked.clear()
+        stepped = {id(weight) for group in self._groups() for weight in group["params"]}
         for name, weight in weights.items():
             if weight.grad is not None:
                 self._keep(weight.grad, masks[name])
-            if self._leaves_zeros(weight) and _untouched(self._zero.get(name), [weight, *self._states(weight)]):
-                self._sound[name] = [Seen(weight.grad)], masks[name]
+            trusted = id(weight) in stepped and self._leaves_zeros(weight)
+            if trusted and _untouched(self._zero.get(name), [weight, masks[name], *self._states(weight)]):
+                self._masked[name] = [Seen(weight.grad), Seen(masks[name])]
 
     def after_step(self, weights: Weights, masks: Mapping[str, Tensor]) -> None:
         """After the step: pruned weights and their state are exactly zero."""
         for name, weight in weights.items():
-            gradients, mask = self._sound.pop(name, (None, None))
-            if mask is not masks[name] or not _untouched(gradients, [weight.grad]):
+            if not _untouched(self._masked.pop(name, None), [weight.grad, masks[name]]):
                 for tensor in (weight, *self._states(weight)):
                     self._keep(tensor, masks[name])
-            self._zero[name] = [Seen(tensor) for tensor in (weight, *self._states(weight))]
+            self._zero[name] = [Seen(tensor) for tensor in (weight, masks[name], *self._states(weight))]
 
     def enforce(self, weights: Weights, masks: Mapping[str, Tensor]) -> None:
         """At any time, whatever was written: pruned weights and their state are exactly zero."""
-        self._sound.clear()
+        self._masked.clear()
         self.after_step(weights, masks)
 
     def _keep(self, tensor: Tensor, mask: Tensor) -> None:
@@ -68,11 +70,14 @@ class Upkeep:
                 if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
                     yield value
 
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
     def _leaves_zeros(self, weight: Parameter) -> bool:
         """Whether the steps of all optimizers leave zeros of this weight's dtype alone, and versions tell of others."""
         if shards.is_spread(weight):
             return False
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        groups = self._groups()
         # torch 2.13's fused SGD moves momentum to other elements in bfloat16 on a CPU.
         whole = weight.dtype in (torch.float32, torch.float64) or not any(group.get("fused") for group in groups)
         tiny = torch.finfo(weight.dtype).tiny

@@ -225,6 +225,33 @@ def test_optimizer_state_that_is_loaded_or_written() -> None:
             optimizer.state[model.weight]["exp_avg"].add_(1.0)
 
 
+def test_masks_that_are_written_in_place() -> None:
+    model, optimizer, sparsifier = attached(momentum)
+    for step in range(4):
+        backward(model)
+        sparsifier.update(step)
+        if step == 1:
+            sparsifier.masks["weight"].copy_(sparsifier.masks["weight"].flip(1))
+        optimizer.step()
+        sparsifier.apply()
+        check(model, optimizer, sparsifier)
+        sparsifier.masks["weight"].copy_(sparsifier.masks["weight"].flip(0))
+
+
+def test_an_optimizer_that_was_not_attached() -> None:
+    model, _, sparsifier = attached(momentum)
+    for others in ([], [momentum([nn.Parameter(torch.ones(1))])]):
+        sparsifier.attach(model, *others)
+        unknown = RMSprop(model.parameters(), lr=0.1, momentum=0.9)
+        unknown.state[model.weight]["momentum_buffer"] = torch.ones(8, 16)
+        unknown.state[model.weight].update(step=torch.zeros(()), square_avg=torch.ones(8, 16))
+        backward(model)
+        sparsifier.update(0)
+        unknown.step()
+        sparsifier.apply()
+        assert not model.weight[~sparsifier.masks["weight"]].any()
+
+
 def test_a_step_without_an_update_before_it() -> None:
     model, optimizer, sparsifier = attached(momentum)
     for step in range(4):
