@@ -54,8 +54,10 @@ def table(cells: list[dict[str, str]]) -> str:
 
 def write_table(cells: list[dict[str, str]]) -> None:
     path = ROOT / "README.md"
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
+    before, begins, rest = path.read_text().partition(BEGIN)
+    _, ends, after = rest.partition(END)
+    if not begins or not ends:
+        raise SystemExit(f"README.md has no place for the table: expected the lines '{BEGIN}' and '{END}' in it")
     path.write_text(f"{before}{BEGIN}\n\n{table(cells)}\n\n{END}{after}")
 
 
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument(
         "--columns", nargs="+", default=[*OURS, *PEERS], help="run only these, keep the others' results"
     )
+    parser.add_argument("--situations", nargs="+", default=list(SITUATIONS), help="run only these")
     parser.add_argument("--table", action="store_true", help="run nothing, write the table from the JSON")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
@@ -71,9 +74,10 @@ def main() -> None:
     cells: list[dict[str, str]] = known
     if not options.table:
         with ProcessPoolExecutor(options.jobs) as pool:
-            runs = [pool.submit(cell, situation, name) for name in options.columns for situation in SITUATIONS]
+            runs = [pool.submit(cell, situation, name) for name in options.columns for situation in options.situations]
             fresh = [done.result() for done in track(runs, description="cells")]
-        cells = [each for each in known if each["column"] not in options.columns] + fresh
+        again = {(each["situation"], each["column"]) for each in fresh}
+        cells = [each for each in known if (each["situation"], each["column"]) not in again] + fresh
         versions: dict[str, Any] = {name: version(name) for name in ("torch", "pytorch-lightning")}
         RESULT.write_text(json.dumps({**versions, "cells": cells}, indent=1) + "\n")
     write_table(cells)
