@@ -21,8 +21,8 @@ class Sparsify(Callback):
     """Trains with a Sparsifier. Every method is a subclass that only builds one.
 
     Masks are renewed and gradients masked in `on_before_optimizer_step`, after unscaling and before clipping.
-    Weights and optimizer state are zeroed in the optimizer's post-step hook, so once per real step: not on the
-    micro-batches of an accumulation, and not where a gradient scaler skips the step.
+    Pruned weights and their state are made sure of in the optimizer's post-step hook, so once per real step: not on
+    the micro-batches of an accumulation, and not where a gradient scaler skips the step.
 
     Steps are those of the optimizer that holds most of the target weights. The schedule, the masks (one bit per
     weight) and the step are in the checkpoint; the model's own `state_dict` keeps its keys and its zeros.

@@ -41,9 +41,10 @@ class Upkeep:
         self._masked.clear()
         stepped = {id(weight) for group in self._groups() for weight in group["params"]}
         for name, weight in weights.items():
-            if weight.grad is not None:
+            strided = weight.grad is None or weight.grad.layout == torch.strided
+            if weight.grad is not None and strided:
                 self._keep(weight.grad, masks[name])
-            trusted = id(weight) in stepped and self._leaves_zeros(weight)
+            trusted = strided and id(weight) in stepped and self._leaves_zeros(weight)
             if trusted and _untouched(self._zero.get(name), [weight, masks[name], *self._states(weight)]):
                 self._masked[name] = [Seen(weight.grad), Seen(masks[name])]
 
@@ -59,6 +60,10 @@ class Upkeep:
         """At any time, whatever was written: pruned weights and their state are exactly zero."""
         self._masked.clear()
         self.after_step(weights, masks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copies and other processes: what was seen are weak references, and of these tensors only.
+        return {"optimizers": self.optimizers, "_zero": {}, "_masked": {}}
 
     def _keep(self, tensor: Tensor, mask: Tensor) -> None:
         keep_(shards.local(tensor), shards.local_mask(mask, tensor))

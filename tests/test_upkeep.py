@@ -1,5 +1,6 @@
 """Upkeep: the proof that zeros stay, run for every setting of the optimizers, and the gaps where it does not hold."""
 
+import copy
 import itertools
 import math
 import weakref
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from sparsity import Sparsifier, upkeep
+from sparsity import Sparsifier, Targets, upkeep
 from sparsity.ops import keep_
 from sparsity.upkeep import Upkeep
 
@@ -294,6 +295,32 @@ def test_gradients_that_were_skipped_are_not_held() -> None:
     gone = weakref.ref(model.weight.grad)
     model.zero_grad()
     assert gone() is None, "a skipped step's gradient stays in memory"
+
+
+def test_a_copy_knows_nothing_and_zeroes_all_the_same() -> None:
+    model, optimizer, sparsifier = attached(momentum)
+    backward(model)
+    sparsifier.update(0)
+    copied = copy.deepcopy((model, optimizer, sparsifier))
+    for each in ((model, optimizer, sparsifier), copied):
+        each[0].weight.grad = torch.randn(8, 16)
+        each[1].step()
+        each[2].apply()
+        check(*each)
+
+
+def test_sparse_gradients_of_an_embedding() -> None:
+    model = nn.Embedding(10, 8, sparse=True)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(0.75, targets=Targets(include=["weight"]))
+    sparsifier.attach(model, optimizer)
+    for step in range(3):
+        model(torch.tensor([1, 1, 7])).square().sum().backward()
+        sparsifier.update(step)
+        optimizer.step()
+        sparsifier.apply()
+        optimizer.zero_grad()
+        assert not model.weight[~sparsifier.masks["weight"]].any()
 
 
 def test_integer_state_is_left_alone() -> None:
