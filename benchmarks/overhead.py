@@ -194,7 +194,9 @@ def measure(name: str, optimizer: str, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument(
+        "--networks", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="the others' results stay"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -204,6 +206,9 @@ def main() -> None:
         for optimizer in OPTIMIZERS
         if optimizer == "SGD" or not SETTINGS[name].clip
     ]
+    known = json.loads(RESULT.read_text())["results"] if RESULT.exists() else []
+    results += [each for each in known if each["network"] not in options.networks]
+    results.sort(key=lambda each: list(SETTINGS).index(each["network"]))
     about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "sparsity": 0.9, "device": "cpu"}
     RESULT.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
     print(table(results))
