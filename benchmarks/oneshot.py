@@ -30,15 +30,16 @@ LAYERS, WIDTH = 6, 4096
 METHODS = ["LAMP", "global", "uniform", "ERK", "torch.nn.utils.prune.global_unstructured"]
 
 
-def prune_once(method: str, model: nn.Sequential) -> None:
-    if method in METHODS[:-1]:
-        how = {"LAMP": LayerAdaptive(), "global": Global(), "uniform": Uniform(), "ERK": ERK()}[method]
-        sparsifier = Sparsifier(0.9, Magnitude(), how)
-        sparsifier.attach(model)
-        model.sparsifier = sparsifier  # type: ignore[assignment]  # keeps the masks, as a run would
-    else:
+def prune_once(method: str, model: nn.Sequential) -> Sparsifier | None:
+    """Prunes the model; what holds its masks, where the model does not itself."""
+    if method == METHODS[-1]:
         pairs = [(layer, "weight") for layer in model]
         prune.global_unstructured(pairs, pruning_method=prune.L1Unstructured, amount=0.9)
+        return None
+    how = {"LAMP": LayerAdaptive(), "global": Global(), "uniform": Uniform(), "ERK": ERK()}[method]
+    sparsifier = Sparsifier(0.9, Magnitude(), how)
+    sparsifier.attach(model)
+    return sparsifier
 
 
 def status(key: str) -> int:
@@ -54,9 +55,10 @@ def child(method: str) -> None:
             layer.weight.mul_(1 + index)  # type: ignore[operator]  # layers of different scales
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     before, start = status("VmRSS"), time.perf_counter()
-    prune_once(method, model)
+    held = prune_once(method, model)
     seconds = time.perf_counter() - start
     peak, after = status("VmHWM") - before, status("VmRSS") - before
+    del held  # so long it had to hold the masks
     used: list[torch.Tensor] = [layer.weight for layer in model]  # type: ignore[misc]  # tensors, of linear layers
     zeros = sum(int((weight == 0).count_nonzero()) for weight in used)
     weights = LAYERS * WIDTH * WIDTH

@@ -5,7 +5,6 @@ python -m benchmarks.soak
 
 import gc
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,7 @@ from sparsity.schedules import Linear
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
 STEPS, EVERY, SAMPLES = 20_000, 10, 1_000
-METHODS: dict[str, Callable[[], Sparsify]] = {
-    name: lambda kind=kind: kind(0.9, schedule=Linear(start=0, end=STEPS - EVERY, every=EVERY))  # type: ignore[misc]
-    for name, kind in {"LAMP": LAMP, "GMP": GMP, "GlobalMP": GlobalMP}.items()
-}
+METHODS: list[type[LAMP] | type[GMP] | type[GlobalMP]] = [LAMP, GMP, GlobalMP]
 
 
 class Watch(pl.Callback):
@@ -55,9 +51,9 @@ class Trained(models.Classifier):
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
-def run(name: str) -> dict[str, Any]:
+def run(kind: type[LAMP] | type[GMP] | type[GlobalMP]) -> dict[str, Any]:
     pl.seed_everything(1, verbose=False)
-    method = METHODS[name]()
+    method = kind(0.9, schedule=Linear(start=0, end=STEPS - EVERY, every=EVERY))
     watch = Watch(method)
     trainer = pl.Trainer(
         max_steps=STEPS, max_epochs=-1, accelerator="cpu", callbacks=[method, watch], logger=False,
@@ -66,7 +62,7 @@ def run(name: str) -> dict[str, Any]:
     trainer.fit(Trained(models.LeNet300100(inputs=64)), data.Digits(batch_size=64))
     first, last = watch.samples[1], watch.samples[-1]
     return {
-        "method": name, "steps": trainer.global_step, "renewals": watch.renewals, "largest_drift": watch.drift,
+        "method": kind.__name__, "steps": trainer.global_step, "renewals": watch.renewals, "largest_drift": watch.drift,
         "achieved": 1 - method.sparsifier.density(), "rss_growth_kb": last["rss_kb"] - first["rss_kb"],
         "tensor_growth": last["tensors"] - first["tensors"], "samples": watch.samples,
     }  # fmt: skip
@@ -74,7 +70,7 @@ def run(name: str) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    results = [run(name) for name in METHODS]
+    results = [run(kind) for kind in METHODS]
     RESULT.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1) + "\n")
     for result in results:
         print({key: value for key, value in result.items() if key != "samples"})

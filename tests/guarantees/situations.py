@@ -25,12 +25,10 @@ from callbacks import Sparsify
 from sparsity import InputError
 from sparsity import masks as noun
 from tests.guarantees.columns import SPARSITY, Column, Named, Ours, column, kept
-from tests.nets import SaveEpochs, trainer
+from tests.nets import Batch, MakeOptimizer, SaveEpochs, trainer
 
 ROOT = Path(__file__).parents[2]
 STEPS = 18  # three epochs of six batches
-Batch = tuple[Tensor, Tensor]
-MakeOptimizer = Callable[[Any], Optimizer]
 
 
 class NotHere(Exception):
@@ -173,7 +171,9 @@ def setting(**settings: Any) -> Callable[[Column, Path], None]:
 class Overflow(Task):
     """A loss that overflows in one step, so that a scaler skips it."""
 
-    at = 2
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         return self.loss(batch) * (math.inf if self.trainer.fit_loop.total_batch_idx == self.at else 1.0)
@@ -201,15 +201,12 @@ def same(one: Named, other: Named) -> bool:
 
 def fp16(at: int) -> Callable[[Column, Path], None]:
     def check(column: Column, folder: Path) -> None:
-        class Overflows(Overflow):
-            pass
-
-        Overflows.at = at
+        pl.seed_everything(0, verbose=False)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
         skips = Skips(column, at)
         # The steps that the optimizer really takes are one fewer than Lightning counts, so the watch stays away.
         fit(
-            column, task(kind=Overflows), skips, watch=False,
+            column, Overflow(at), skips, watch=False,
             plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)],
         )  # fmt: skip
         assert skips.seen
