@@ -104,6 +104,10 @@ class SparsityCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Sparsify, "sparsity", subclass_mode=True, required=False)
         parser.add_lightning_class_args(SparsityReport, "report")
+        parser.add_argument(
+            "--resumes_any", type=bool, default=False,
+            help="resume from a checkpoint of another method or another sparsity, which is refused otherwise",
+        )  # fmt: skip
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
@@ -118,6 +122,9 @@ class SparsityCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         keys = self._parser(self.subcommand).callback_keys
         extra = [callback for key in keys if (callback := self._get(self.config_init, key)) is not None]
+        for method in extra:
+            if isinstance(method, Sparsify):
+                method.resumes_any = self._get(self.config_init, "resumes_any")
         return self._instantiate_trainer({**self._get(self.config_init, "trainer", default={}), **kwargs}, extra)
 
 

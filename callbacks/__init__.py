@@ -3,10 +3,14 @@
 The classes work in a `pytorch_lightning` and in a `lightning.pytorch` Trainer.
 """
 
+from .dynamic import SET, GraNet, RigL, SparseMomentum
 from .gradual import GMP, LAMP, GlobalMP
 from .oneshot import OneShot
 from .report import SparsityReport
 from .sparsify import Sparsify
 from .static import ConstantMask, StaticMask
 
-__all__ = ["GMP", "LAMP", "ConstantMask", "GlobalMP", "OneShot", "Sparsify", "SparsityReport", "StaticMask"]
+__all__ = [
+    "GMP", "LAMP", "SET", "ConstantMask", "GlobalMP", "GraNet", "OneShot", "RigL", "SparseMomentum", "Sparsify",
+    "SparsityReport", "StaticMask",
+]  # fmt: skip

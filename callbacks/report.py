@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -19,9 +19,14 @@ from sparsity import Targets, __version__, masks, report
 
 from .sparsify import Sparsify, is_tensorboard
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 class SparsityReport(Callback):
     """Writes `report.json` and `density.png` into the log folder when a run ends, and prints a table and the path.
+
+    Where masks were renewed more than once, `density_over_training.png` shows what they did.
 
     Works beside any method and in dense runs, in `fit`, `validate` and `test`. After `fit` the densities are those of
     the masks; elsewhere a weight is pruned if it is exactly zero. `fast_dev_run` writes nothing. FLOPs are counted for
@@ -79,6 +84,8 @@ class SparsityReport(Callback):
         self.metrics |= {name: _finite(value) for name, value in logged if not name.startswith("sparsity/")}
         # On all ranks: weights that are spread over them are gathered, and their forward pass is counted together.
         self._write_on_rank_zero(trainer, self.describe(trainer, pl_module), folder)
+        if trainer.state.fn == "fit":
+            self._draw_history(trainer, folder)
 
     @rank_zero_only
     def _write_on_rank_zero(self, trainer: Trainer, result: report.Report, folder: Path) -> None:
@@ -87,15 +94,19 @@ class SparsityReport(Callback):
         if find_spec("matplotlib"):
             picture = report.figure(result)
             picture.savefig(folder / "density.png", dpi=120)
-            for logger in filter(is_tensorboard, trainer.loggers):
-                logger.experiment.add_figure(  # type: ignore[attr-defined]  # a TensorBoardLogger
-                    "sparsity/density", picture, global_step=trainer.global_step
-                )
+            _show(trainer, "sparsity/density", picture)
+
+    @rank_zero_only
+    def _draw_history(self, trainer: Trainer, folder: Path) -> None:
+        method = _method(trainer)
+        if method and len(method.sparsifier.history.steps) > 1 and find_spec("matplotlib"):
+            picture = method.sparsifier.history.figure()
+            picture.savefig(folder / "density_over_training.png", dpi=120)
+            _show(trainer, "sparsity/density_over_training", picture)
 
     def describe(self, trainer: Trainer, pl_module: LightningModule) -> report.Report:
         """The report of the model as it is now, as the dictionary that is written."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        method = next((callback for callback in callbacks if isinstance(callback, Sparsify)), None)
+        method = _method(trainer)
         targets = method.sparsifier.targets if method else Targets()
         weights = targets.select(pl_module)
         found = method.sparsifier.masks if method and trainer.state.fn == "fit" else masks.from_zeros(weights)
@@ -106,6 +117,7 @@ class SparsityReport(Callback):
             "sparsity": {
                 "target": method.sparsifier.sparsity if method else 0.0,
                 "achieved": 1 - masks.density(found),
+                **(method.sparsifier.history.last() if method and trainer.state.fn == "fit" else {}),
                 "layers": report.layers(found, method.sparsifier.pattern.name if method else "dense"),
             },
             "flops": self._flops(pl_module, found),
@@ -131,6 +143,16 @@ class SparsityReport(Callback):
             return report.flops(pl_module, self._inputs or (), found)
         except Exception:  # the user's forward may need anything: its signature is not ours to know
             return {"dense": None, "sparse": None}
+
+
+def _method(trainer: Trainer) -> Sparsify | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return next((callback for callback in callbacks if isinstance(callback, Sparsify)), None)
+
+
+def _show(trainer: Trainer, name: str, picture: "Figure") -> None:
+    for logger in filter(is_tensorboard, trainer.loggers):
+        logger.experiment.add_figure(name, picture, global_step=trainer.global_step)  # type: ignore[attr-defined]  # a TensorBoardLogger
 
 
 def _finite(value: Tensor) -> float | None:

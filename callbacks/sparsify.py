@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsity import Horizon, InputError, Sparsifier, masks, shards
+from sparsity.constant import Kept
 from sparsity.schedules import Constant
 from sparsity.targets import clean
 
@@ -27,8 +28,13 @@ class Sparsify(Callback):
     Steps are those of the optimizer that holds most of the target weights. The schedule, the masks (one bit per
     weight) and the step are in the checkpoint; the model's own `state_dict` keeps its keys and its zeros.
 
-    Logs `sparsity/global` (also in the progress bar), `sparsity/target`, and per layer on TensorBoard.
+    A checkpoint of another method or another sparsity is refused when a run is resumed, unless `resumes_any` is set.
+
+    Logs `sparsity/global` (also in the progress bar), `sparsity/target`, after each renewal what it did
+    (`sparsity/churn`, `sparsity/explored`, `sparsity/dead`; see `History`), and per layer on TensorBoard.
     """
+
+    resumes_any = False
 
     def __init__(self, sparsifier: Sparsifier) -> None:
         self.sparsifier = sparsifier
@@ -41,7 +47,7 @@ class Sparsify(Callback):
 
     @property
     def state_key(self) -> str:
-        """One key for all methods, so that a run can be resumed with another one."""
+        """One key for all methods, so that a run can be resumed with another one where that is meant."""
         return "Sparsify"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -52,12 +58,29 @@ class Sparsify(Callback):
         self._attached = False
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == "fit" and self.state_key not in checkpoint.get("callbacks", {}):
+        if trainer.state.fn != "fit":
+            return
+        saved = checkpoint.get("callbacks", {}).get(self.state_key)
+        if saved is not None:
+            self._refuse_another(saved)
+        else:
             raise InputError(
                 "the checkpoint to resume from holds no masks: it was saved without a sparsity callback. To prune a "
                 "trained model, load its weights and call fit without ckpt_path (or use OneShot); to keep a pruned "
                 "one sparse, do the same with ConstantMask"
             )
+
+    def _refuse_another(self, saved: dict[str, Any]) -> None:
+        """Raises `InputError` for the checkpoint of another method or another sparsity, unless they are asked for."""
+        mine, asked = type(self).__name__, self.sparsifier.sparsity
+        method, sparsity = saved.get("method", mine), saved["sparsifier"].get("sparsity", asked)
+        if self.resumes_any or (method == mine and (asked == sparsity or isinstance(self.sparsifier, Kept))):
+            return
+        raise InputError(
+            f"the checkpoint to resume from was trained by {method} at sparsity {sparsity:g}, this run is {mine} at "
+            f"{asked:g}: resume with what it was trained with or, if the change is meant, set the callback's "
+            "`resumes_any = True` (--resumes_any=true on the command line)"
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attach(trainer, pl_module)
@@ -96,6 +119,8 @@ class Sparsify(Callback):
             self._target = target
             pl_module.log("sparsity/global", self._achieved, prog_bar=True)
             pl_module.log("sparsity/target", target)
+            for name, number in self.sparsifier.history.last().items():
+                pl_module.log(f"sparsity/{name}", number)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.sparsifier.enforce()
@@ -106,11 +131,11 @@ class Sparsify(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.sparsifier.enforce()
-        due = self.sparsifier.last_renewal()
+        due = self.sparsifier.reached()
         if self.sparsifier.renewed < due:
             rank_zero_warn(
                 f"training ended at sparsity {1 - self.sparsifier.density():.4f}, before the schedule reached "
-                f"{self.sparsifier.sparsity}: its last renewal was due at step {due}, training took {self.step} steps"
+                f"{self.sparsifier.sparsity}: that renewal was due at step {due}, training took {self.step} steps"
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -134,7 +159,7 @@ class Sparsify(Callback):
                 state[name] = torch.where(mask.to(value.device), value, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "sparsifier": self.sparsifier.state_dict()}
+        return {"step": self.step, "method": type(self).__name__, "sparsifier": self.sparsifier.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.sparsifier.detach()
@@ -144,8 +169,11 @@ class Sparsify(Callback):
 
     def prune(self, pl_module: LightningModule) -> None:
         """Prunes the model to the full sparsity at once, outside of any training."""
-        if self.sparsifier.score.needs_gradient:
-            raise InputError(f"{type(self).__name__} scores weights by gradients, which pruning without training lacks")
+        if self.sparsifier.score.needs_gradient or self.sparsifier.needs_training:
+            raise InputError(
+                f"{type(self).__name__} finds its masks while it trains, so it cannot prune without training: "
+                "use LAMP, GMP or OneShot"
+            )
         self.sparsifier.schedule = Constant()
         self.sparsifier.attach(pl_module, seed=_seed())
 

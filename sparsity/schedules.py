@@ -1,4 +1,4 @@
-"""Schedules: when masks are renewed and how sparse they are then.
+"""Schedules: when masks are renewed and how sparse they are then, or what fraction of the kept weights moves.
 
 A time is an int (optimizer steps from 0), a float in [0, 1] (a fraction of training) or a text such as "5ep"
 (epochs). A schedule turns times into a plan once the length of training is known.
@@ -148,6 +148,71 @@ class Iterative(Schedule):
         steps = [start + round(k * (end - start) / max(1, rounds - 1)) for k in range(rounds)]
         levels = [1 - (1 - self.rate) ** k for k in range(1, rounds)] + [sparsity]
         return dict(zip(steps, levels, strict=True))
+
+
+class ConstantDrop:
+    """What fraction of the kept weights is dropped and grown anew, and when: `initial`, at every update.
+
+    Updates come `every` so often, the first after that long, all before `end`. Dropping schedules override `fraction`.
+    """
+
+    def __init__(self, initial: float = 0.3, every: Time = 100, end: Time = 0.75) -> None:
+        if not 0 < initial < 1:
+            raise InputError(f"initial must lie in (0, 1), a fraction of the kept weights; got {initial}")
+        self.initial, self.every, self.end = initial, every, end
+
+    def plan(self, horizon: Horizon) -> Plan:
+        """The fraction to drop at each step with an update, in order of steps.
+
+        Raises `InputError` where the interval leaves no update before the end.
+        """
+        horizon.step(self.end, "end")
+        end, every = horizon.length(self.end, "end"), max(1, horizon.length(self.every, "every"))
+        if every >= end:
+            length = "" if horizon.steps is None else f", in a training of {horizon.steps} steps"
+            raise InputError(
+                f"an update every={self.every!r} ({every} steps) comes first at step {every}, but updates end before "
+                f"end={self.end!r} (step {end}){length}: take a shorter interval, such as every=0.02, or train longer"
+            )
+        return {step: self.fraction(step / end) for step in range(every, end, every)}
+
+    def fraction(self, way: float) -> float:
+        """The fraction to drop when this part of the time up to the end has passed, from 0 to 1."""
+        return self.initial
+
+
+class LinearDrop(ConstantDrop):
+    """From `initial` to zero in a straight line."""
+
+    def fraction(self, way: float) -> float:
+        return self.initial * (1 - way)
+
+
+class CosineDrop(ConstantDrop):
+    """From `initial` to `final` along half a cosine: initial / 2 (1 + cos(pi t / end)) where `final` is zero.
+
+    The defaults are RigL's (Evci et al., arXiv 1911.11134, section 3): every 100 steps, up to 75 % of training.
+    """
+
+    def __init__(self, initial: float = 0.3, every: Time = 100, end: Time = 0.75, final: float = 0.0) -> None:
+        super().__init__(initial, every, end)
+        if not 0 <= final <= initial:
+            raise InputError(f"final must lie in [0, initial={initial}], got {final}")
+        self.final = final
+
+    def fraction(self, way: float) -> float:
+        return self.final + (self.initial - self.final) / 2 * (1 + math.cos(math.pi * way))
+
+
+class InTime(CosineDrop):
+    """A long interval and no stop, so that as many weights as possible are tried while the network still learns.
+
+    In-time over-parameterization (Liu et al., arXiv 2102.02887); the interval is the authors' for RigL on CIFAR, theirs
+    for SET is 1,500 steps.
+    """
+
+    def __init__(self, initial: float = 0.5, every: Time = 4000, end: Time = 1.0, final: float = 0.005) -> None:
+        super().__init__(initial, every, end, final)
 
 
 def _expected(name: str, time: object) -> str:

@@ -1,10 +1,12 @@
 """Scores: how much each weight matters. Higher means keep."""
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter
+from torch.optim import Optimizer
 
 from sparsity import shards
 from sparsity.errors import InputError
@@ -60,35 +62,93 @@ def _slabs(magnitudes: Tensor) -> Iterator[tuple[float, float]]:
 class Score:
     """How much each weight of one tensor matters. Methods override `__call__`."""
 
-    needs_gradient = False
+    needs_gradient = False  # whether `signal` is asked for
+    needs_momentum = False  # whether pruned weights keep their optimizer state, because it is the signal
 
-    def __call__(self, weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+    def __call__(self, weight: Tensor, signal: Tensor | None, generator: torch.Generator) -> Tensor:
         """The scores: a new tensor of the weight's shape, float32 or wider.
 
-        `generator` is on the CPU and seeded by run, step and parameter name, so every rank draws the same numbers.
+        `signal` is what `self.signal` says of the weight, whole. `generator` is on the CPU and seeded by run, step and
+        parameter name, so every rank draws the same numbers.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no score")
+
+    def signal(self, weight: Parameter, optimizers: Sequence[Optimizer]) -> Tensor | None:
+        """What training says of the weight: its gradient before it is masked, None where it has none.
+
+        The gradient covers the whole accumulation window, is the mean over ranks under DDP, and is there anyway.
+        """
+        return weight.grad
+
+    def check(self, weights: Mapping[str, Parameter], optimizers: Sequence[Optimizer]) -> None:
+        """Raises `InputError` where these optimizers will give no signal."""
 
 
 class Magnitude(Score):
     """|w|."""
 
-    def __call__(self, weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+    def __call__(self, weight: Tensor, signal: Tensor | None, generator: torch.Generator) -> Tensor:
         return magnitude(weight.detach())
 
 
 class Lamp(Score):
     """Layer-adaptive magnitude (`lamp`)."""
 
-    def __call__(self, weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+    def __call__(self, weight: Tensor, signal: Tensor | None, generator: torch.Generator) -> Tensor:
         return lamp(weight)
 
 
 class Random(Score):
     """Uniform in [0, 1), independent of the weights."""
 
-    def __call__(self, weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+    def __call__(self, weight: Tensor, signal: Tensor | None, generator: torch.Generator) -> Tensor:
         return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+class Gradient(Score):
+    """|g|: how fast a weight would move. RigL's growth (Evci et al., arXiv 1911.11134)."""
+
+    needs_gradient = True
+
+    def __call__(self, weight: Tensor, signal: Tensor | None, generator: torch.Generator) -> Tensor:
+        if signal is None:
+            raise InputError("a score by gradients was asked for before any backward pass: call it after one")
+        return magnitude(signal.detach())
+
+
+class Momentum(Gradient):
+    """|m|: how fast a weight has lately wanted to move. Dettmers & Zettlemoyer (arXiv 1907.04840).
+
+    m is SGD's momentum buffer. For Adam and its kin it is the first moment over the root of the second, as in the
+    authors' code, without the correction of their bias, which is the same for all weights.
+    """
+
+    needs_momentum = True
+
+    def signal(self, weight: Parameter, optimizers: Sequence[Optimizer]) -> Tensor | None:
+        for optimizer in optimizers:
+            state = optimizer.state.get(weight, {})
+            if isinstance(state.get("momentum_buffer"), Tensor):
+                buffer: Tensor = state["momentum_buffer"]
+                return buffer
+            if "exp_avg" in state:
+                first, second = state["exp_avg"], state.get("exp_avg_sq")
+                ratio: Tensor = first if second is None else _wide(first) / (_wide(second).sqrt() + 1e-8)
+                return ratio
+        return None
+
+    def check(self, weights: Mapping[str, Parameter], optimizers: Sequence[Optimizer]) -> None:
+        stepped = {id(weight) for weight in weights.values()}
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                mine = any(id(weight) in stepped for weight in group["params"])
+                if mine and not group.get("momentum") and "betas" not in group:
+                    raise InputError(
+                        f"momentum is asked for as a score, and {type(optimizer).__name__} keeps none: use SGD with "
+                        "momentum=0.9, or Adam, AdamW, NAdam or RAdam"
+                    )
+        if not optimizers:
+            raise InputError("momentum is asked for as a score: attach the optimizer too, attach(model, optimizer)")
 
 
 class Scores(Mapping[str, Tensor]):
@@ -98,23 +158,32 @@ class Scores(Mapping[str, Tensor]):
     Raises `InputError` where a score is not finite.
     """
 
-    def __init__(self, score: Score, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], seed: str) -> None:
+    def __init__(
+        self,
+        score: Score,
+        weights: Mapping[str, Parameter],
+        masks: Mapping[str, Tensor],
+        seed: str,
+        optimizers: Sequence[Optimizer] = (),
+    ) -> None:
         self._score, self._weights, self._masks, self._seed = score, weights, masks, seed
+        self._optimizers = optimizers
         double = any(weight.dtype == torch.float64 for weight in weights.values())
         self._dtype = torch.float64 if double else torch.float32
         self.shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._weights[name]
-        gradient = None if weight.grad is None else shards.whole(weight.grad)
-        weight = shards.whole(weight.detach())
+        signal = self._score.signal(weight, self._optimizers) if self._score.needs_gradient else None
+        values = shards.whole(weight.detach())
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
-        score = self._score(weight, gradient, generator).to(self._dtype)
+        score = self._score(values, None if signal is None else shards.whole(signal), generator).to(self._dtype)
         # The weights too: a score may lose their NaN, as LAMP's comparisons do.
-        if not (all_finite(weight) and all_finite(score)):
-            bad = int((~torch.isfinite(weight)).sum())
+        if not (all_finite(values) and all_finite(score)):
+            bad = int((~torch.isfinite(values)).sum())
+            what = f"{bad} of its {weight.numel()} weights are" if bad else f"{type(self._score).__name__} scores it"
             raise InputError(
-                f"'{name}' cannot be ranked: {bad} of its {weight.numel()} weights are NaN or infinite. "
+                f"'{name}' cannot be ranked: {what} NaN or infinite. "
                 "The masks are unchanged; go back to the last good checkpoint and lower the learning rate"
             )
         return score.masked_fill_(~self._masks[name], -torch.inf)

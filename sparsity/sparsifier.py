@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from sparsity import masks, patterns, shards
 from sparsity.distributions import Distribution, Global
 from sparsity.errors import InputError
+from sparsity.history import History
 from sparsity.masks import Masks
 from sparsity.ops import all_finite
 from sparsity.schedules import Constant, Horizon, Plan, Schedule
@@ -33,8 +34,11 @@ class Sparsifier:
 
     `sparsity` is the fraction of zeros over all targets at the end of the schedule: absolute, never compounding.
     Weights hold their zeros, so the model stays a plain dense model with its own `state_dict` keys. A pruned weight
-    does not return. Families of methods override `first_masks` and `new_masks`.
+    does not return. Families of methods override `first_masks` and `new_masks`. `history` holds what each renewal did.
     """
+
+    needs_training = False  # whether masks are found while training only
+    keeps_state = False  # whether pruned weights keep their optimizer state, because it is the signal to grow by
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class Sparsifier:
         self.masks: Masks = {}
         self.seed = 0
         self.renewed = -1  # the planned step of the last renewal
+        self.history = History()
         self._owners: dict[str, tuple[nn.Module, str]] = {}
         self._upkeep = Upkeep()
         self._plan: Plan = {}
@@ -75,14 +80,14 @@ class Sparsifier:
         for name, weight in weights.items():
             self.pattern.check(name, tuple(weight.shape))
         self._owners = {name: _owner(model, weight) for name, weight in weights.items()}
-        self._upkeep = Upkeep(*optimizers)
-        self._plan = self.schedule.plan(self.sparsity, horizon or Horizon())
+        self._upkeep = Upkeep(*optimizers, keeps_state=self.keeps_state)
+        self._plan = self.plan(horizon or Horizon())
         self._steps = sorted(self._plan)
         loaded, self._loaded = self._loaded, False
         if loaded:
             self.masks = self._placed(self.masks)
         elif model is not self._model:
-            self.masks, self.renewed, self.seed = self.first_masks(), -1, seed
+            self.masks, self.renewed, self.seed, self.history = self.first_masks(), -1, seed, History()
         self._model = model
         renews = not self.score.needs_gradient and not loaded
         if not (renews and self._due(0) == self.last_renewal()):  # that renewal finds out by itself
@@ -94,7 +99,7 @@ class Sparsifier:
     def detach(self) -> None:
         """Forgets the model, its optimizers and the masks."""
         self._model, self._owners, self._upkeep = None, {}, Upkeep()
-        self.masks, self.renewed = {}, -1
+        self.masks, self.renewed, self.history = {}, -1, History()
 
     def update(self, step: int) -> None:
         """After backward and before the optimizer's step number `step`: renews the masks when due, masks the gradients.
@@ -130,9 +135,23 @@ class Sparsifier:
         """The step of the last planned renewal, -1 where none is planned."""
         return self._steps[-1] if self._steps else -1
 
+    def reached(self) -> int:
+        """The step at which the plan first asks for its highest sparsity, -1 where nothing is planned."""
+        return min((step for step, level in self._plan.items() if level == max(self._plan.values())), default=-1)
+
+    def explored(self) -> float:
+        """The fraction of target weights that have been trained at any time: pruned ones do not return."""
+        if self.history.rows:
+            return self.history.rows[0][1]
+        return self.density() if self.renewed == 0 else 1.0
+
     def weights(self) -> dict[str, Parameter]:
         """The target parameters by name, as the model holds them now."""
         return {name: getattr(module, leaf) for name, (module, leaf) in self._owners.items()}
+
+    def plan(self, horizon: Horizon) -> Plan:
+        """The sparsity from each step of renewal on."""
+        return self.schedule.plan(self.sparsity, horizon)
 
     def first_masks(self) -> Masks:
         """The masks before the first renewal."""
@@ -142,8 +161,14 @@ class Sparsifier:
         """The masks of a renewal that keeps this density; the present ones where they are already that sparse."""
         if round(density * self._size()) >= sum(masks.counts(self.masks).values()):
             return self.masks
-        scores = Scores(self.score, self.weights(), self.masks, seed=f"{self.seed}/{step}")
+        scores = Scores(self.score, self.weights(), self.masks, f"{self.seed}/{step}", self._upkeep.optimizers)
         return self.pattern.masks(scores, self._counts(scores, density, masks.counts(self.masks)))
+
+    def renew(self, found: Masks, step: int) -> None:
+        """Takes over the masks of the renewal planned for a step, and zeroes what they prune."""
+        before, self.masks, self.renewed = self.masks, found, step
+        self.enforce()
+        self.history.record(step, found, before, self.explored())
 
     def check_budget(self) -> None:
         """Raises `InputError` if the final sparsity cannot be met by the distribution and the pattern."""
@@ -154,12 +179,17 @@ class Sparsifier:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes during training: tensors and primitives, one bit per target weight."""
-        return {"masks": masks.to_state(self.masks), "renewed": self.renewed, "seed": self.seed}
+        return {
+            "masks": masks.to_state(self.masks), "renewed": self.renewed, "seed": self.seed,
+            "sparsity": self.sparsity, "history": self.history.state_dict(),
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a saved state; before `attach`, which then checks it against the model, or after."""
         restored = masks.from_state(state["masks"])
         self.masks, self.renewed, self.seed = restored, int(state["renewed"]), int(state["seed"])
+        if "history" in state:
+            self.history.load_state_dict(state["history"])
         if self._model is None:
             self._loaded = bool(restored)  # a state from before the first attach holds no masks
         else:
@@ -167,7 +197,7 @@ class Sparsifier:
             self.enforce()
 
     def _placed(self, restored: Masks) -> Masks:
-        """Restored masks, checked against the model and on its devices."""
+        """Restored masks of the targets, checked against the model and on its devices."""
         weights = self.weights()
         masks.check(restored, weights, "the saved state")
         return {name: restored[name].to(weight.device) for name, weight in weights.items()}
@@ -181,9 +211,7 @@ class Sparsifier:
     def _renew_if_due(self, step: int) -> None:
         planned = self._due(step)
         if planned is not None:
-            self.masks = self.new_masks(1 - self._plan[planned], planned)
-            self.renewed = planned
-            self.enforce()
+            self.renew(self.new_masks(1 - self._plan[planned], planned), planned)
 
     def _counts(self, scores: Scores, density: float, most: dict[str, int]) -> dict[str, int]:
         """How many weights each layer keeps: the distribution's word, within what the pattern and `most` allow."""

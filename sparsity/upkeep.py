@@ -10,7 +10,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from sparsity import shards
-from sparsity.ops import keep_
+from sparsity.ops import all_finite, keep_
 
 Weights = Mapping[str, Parameter]
 
@@ -29,10 +29,14 @@ class Upkeep:
     that, and makes NaN of zeros where the norm is not finite), a weight, state or mask that someone else wrote since
     the last pass. Who wrote is told by torch's version counters. They do not see writes through `.data`, which stay
     until the next `enforce`.
+
+    With `keeps_state` gradients and state are left dense, for methods that grow weights by their momentum, and only
+    the weights are zeroed, after each step. A gradient that is not finite is masked all the same: what a pruned weight
+    has of it would stay in its momentum for good.
     """
 
-    def __init__(self, *optimizers: Optimizer) -> None:
-        self.optimizers = optimizers
+    def __init__(self, *optimizers: Optimizer, keeps_state: bool = False) -> None:
+        self.optimizers, self.keeps_state = optimizers, keeps_state
         self._zero: dict[str, list[Seen]] = {}  # what was there when zeros were last in place
         self._masked: dict[str, list[Seen]] = {}  # the gradients and masks of a step that will leave them there
 
@@ -43,8 +47,10 @@ class Upkeep:
         for name, weight in weights.items():
             strided = weight.grad is None or weight.grad.layout == torch.strided
             if weight.grad is not None and strided:
+                if self.keeps_state and all_finite(shards.local(weight.grad)):
+                    continue
                 self._keep(weight.grad, masks[name])
-            trusted = strided and id(weight) in stepped and self._leaves_zeros(weight)
+            trusted = strided and not self.keeps_state and id(weight) in stepped and self._leaves_zeros(weight)
             if trusted and _untouched(self._zero.get(name), [weight, masks[name], *self._states(weight)]):
                 self._masked[name] = [Seen(weight.grad), Seen(masks[name])]
 
@@ -56,6 +62,13 @@ class Upkeep:
                     self._keep(tensor, masks[name])
             self._zero[name] = [Seen(tensor) for tensor in (weight, masks[name], *self._states(weight))]
 
+    def restart(self, weights: Weights, grown: Mapping[str, Tensor]) -> None:
+        """Newly grown weights and their state become exactly zero, those that keep their state too."""
+        for name, weight in weights.items():
+            if grown[name].any():
+                for tensor in (weight, *self._all_states(weight)):
+                    self._keep(tensor, ~grown[name])
+
     def enforce(self, weights: Weights, masks: Mapping[str, Tensor]) -> None:
         """At any time, whatever was written: pruned weights and their state are exactly zero."""
         self._masked.clear()
@@ -63,12 +76,16 @@ class Upkeep:
 
     def __getstate__(self) -> dict[str, Any]:
         # For copies and other processes: what was seen are weak references, and of these tensors only.
-        return {"optimizers": self.optimizers, "_zero": {}, "_masked": {}}
+        return {"optimizers": self.optimizers, "keeps_state": self.keeps_state, "_zero": {}, "_masked": {}}
 
     def _keep(self, tensor: Tensor, mask: Tensor) -> None:
         keep_(shards.local(tensor), shards.local_mask(mask, tensor))
 
     def _states(self, weight: Parameter) -> Iterator[Tensor]:
+        """The state that is zero where the weight is pruned."""
+        return iter(()) if self.keeps_state else self._all_states(weight)
+
+    def _all_states(self, weight: Parameter) -> Iterator[Tensor]:
         """Every floating state tensor of the weight's shape: momenta, second moments, whatever they are called."""
         for optimizer in self.optimizers:
             for value in optimizer.state.get(weight, {}).values():

@@ -183,6 +183,8 @@ def test_scores_are_a_mapping_of_one_dtype() -> None:
 
 def test_scores_hand_over_the_gradient() -> None:
     class Gradient(Score):
+        needs_gradient = True
+
         def __call__(self, weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
             assert gradient is not None
             return gradient.clone()

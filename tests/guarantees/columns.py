@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsifier
 from torch.nn.utils import parametrize, prune
 
-from callbacks import GMP, LAMP, ConstantMask, GlobalMP, OneShot, Sparsify, StaticMask
+from callbacks import (
+    GMP, LAMP, SET, ConstantMask, GlobalMP, GraNet, OneShot, RigL, SparseMomentum, Sparsify, StaticMask,
+)  # fmt: skip
 from sparsity import Sparsifier, shards
-from sparsity.schedules import Linear
+from sparsity.schedules import CosineDrop, Linear
 from sparsity.targets import clean
 
 SPARSITY = 0.75
@@ -28,6 +30,7 @@ class Column:
     """A way to prune. A fresh one is made for every run."""
 
     name = ""
+    keeps_state = False  # whether dense momentum is what it grows weights by
 
     def callbacks(self, model: pl.LightningModule) -> list[pl.Callback]:
         """What the trainer gets; methods that need none prune the model here."""
@@ -58,6 +61,7 @@ class Ours(Column):
 
     def __init__(self, name: str, make: Callable[[], Sparsify]) -> None:
         self.name, self.method = name, make()
+        self.keeps_state = self.method.sparsifier.keeps_state
 
     def callbacks(self, model: pl.LightningModule) -> list[pl.Callback]:
         if isinstance(self.method, ConstantMask) and all(bool(m.weight.all()) for m in layers(model).values()):  # type: ignore[operator]  # a Linear's weight
@@ -166,6 +170,11 @@ def gradual() -> Any:
     return Linear(0.1, 0.6, 0.1)
 
 
+def often() -> Any:
+    """Drops at every second step, all through training."""
+    return CosineDrop(0.5, every=2, end=1.0)
+
+
 OURS: dict[str, Callable[[], Sparsify]] = {
     "OneShot": lambda: OneShot(SPARSITY, at=2),
     "GMP": lambda: GMP(SPARSITY, schedule=gradual()),
@@ -173,6 +182,10 @@ OURS: dict[str, Callable[[], Sparsify]] = {
     "GlobalMP": lambda: GlobalMP(SPARSITY, schedule=gradual()),
     "StaticMask": lambda: StaticMask(SPARSITY),
     "ConstantMask": ConstantMask,
+    "SparseMomentum": lambda: SparseMomentum(SPARSITY, often()),
+    "SET": lambda: SET(SPARSITY, often()),
+    "RigL": lambda: RigL(SPARSITY, often()),
+    "GraNet": lambda: GraNet(SPARSITY, drops=often()),
 }
 PEERS: dict[str, Callable[[], Column]] = {
     "ModelPruning": LightningPruning, "torch.nn.utils.prune": TorchPrune, "torch.ao.pruning": AoPruning,

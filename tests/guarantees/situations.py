@@ -24,6 +24,8 @@ from torch.optim import Optimizer
 from callbacks import Sparsify
 from sparsity import InputError
 from sparsity import masks as noun
+from sparsity.dynamic import Dynamic
+from sparsity.scores import Gradient
 from tests.guarantees.columns import SPARSITY, Column, Named, Ours, column, kept
 from tests.nets import Batch, MakeOptimizer, SaveEpochs, trainer
 
@@ -95,12 +97,15 @@ class Watch(pl.Callback):
         self.steps += 1
         assert trainer.global_step == self.steps
         right(self.column, pl_module, self.column.asked() if self.asked is None else self.asked)
-        for name, weight in self.column.parameters(pl_module).items() if self.states else ():
+        for name, weight in self.column.parameters(pl_module).items() if self.states_are_zero() else ():
             for optimizer in trainer.optimizers:
                 for key, state in optimizer.state.get(weight, {}).items():
                     if isinstance(state, Tensor) and state.shape == weight.shape:
                         pruned = state[~self.column.masks(pl_module)[name]]
                         assert not pruned.any(), f"{key} of pruned weights is not zero (step {self.steps})"
+
+    def states_are_zero(self) -> bool:
+        return self.states and not self.column.keeps_state
 
 
 def right(column: Column, model: nn.Module, sparsity: float) -> None:
@@ -260,6 +265,81 @@ def clipped_nan(column: Column, folder: Path) -> None:
                 self.head.bias.grad[0] = math.nan
 
     fit(column, task(kind=Poisoned), gradient_clip_val=0.5)
+
+
+# --- Growth ----------------------------------------------------------------------------------------------------------
+
+
+def grows(column: Column) -> Dynamic:
+    """The column's sparsifier, if it grows weights."""
+    if isinstance(column, Ours) and isinstance(column.method.sparsifier, Dynamic):
+        return column.method.sparsifier
+    raise NotHere("grows no weights")
+
+
+class Grown(Task):
+    """Sees, between an update and the optimizer's step, that newly grown weights and their state are zero."""
+
+    def __init__(self, make_optimizer: MakeOptimizer, sparsifier: Dynamic) -> None:
+        super().__init__(make_optimizer)
+        self.sparsifier, self.count = sparsifier, 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.before = self.sparsifier.masks
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
+        for name, weight in self.sparsifier.weights().items():
+            grown = self.sparsifier.masks[name] & ~self.before[name]
+            self.count += int(grown.count_nonzero())
+            assert not weight[grown].any(), f"newly grown weights of {name} are not zero"
+            for key, state in optimizer.state.get(weight, {}).items():
+                if isinstance(state, Tensor) and state.shape == weight.shape:
+                    assert not state[grown].any(), f"{key} of newly grown weights of {name} is not zero"
+
+
+def grown_start_at_zero(make: MakeOptimizer) -> Callable[[Column, Path], None]:
+    def check(column: Column, folder: Path) -> None:
+        pl.seed_everything(0, verbose=False)
+        model = Grown(make, grows(column))
+        fit(column, model)
+        assert model.count > 100, f"only {model.count} weights were grown"
+
+    return check
+
+
+class Window(Task):
+    """Adds up the gradients of an accumulation window by itself, micro-batch by micro-batch."""
+
+    def __init__(self, column: Column) -> None:
+        super().__init__()
+        self.column, self.total, self.looked = column, {}, 0  # type: ignore[var-annotated]  # a dictionary of tensors
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        found = torch.autograd.grad(self.loss(batch) / 3, [*self.column.parameters(self).values()])
+        for name, gradient in zip(self.column.masks(self), found, strict=True):
+            self.total[name] = self.total.get(name, 0) + gradient
+        self.before = self.column.masks(self)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        for name, mask in self.column.masks(self).items():
+            grown, free = mask & ~self.before[name], ~mask
+            if grown.any() and type(grows(self.column).regrowth.grow) is Gradient:
+                self.looked += 1
+                size = self.total[name].abs()
+                assert size[grown].min() >= size[free].max() - 1e-7, (
+                    f"{name} grew by another gradient than the window's"
+                )
+        self.total = {}
+
+
+def window(column: Column, folder: Path) -> None:
+    rule = grows(column).regrowth.grow
+    pl.seed_everything(0, verbose=False)
+    model = Window(column)
+    fit(column, model, accumulate_grad_batches=3)
+    assert model.looked > 3 or type(rule) is not Gradient
 
 
 # --- Averaging, several optimizers, unusual parameters ---------------------------------------------------------------
@@ -506,16 +586,21 @@ def weights_only_checkpoint(column: Column, folder: Path) -> None:
     runner, _ = start(column, model, watch=False, enable_checkpointing=False)
     runner.fit(model, Batches())
     before = column.masks(model)
+    if isinstance(column, Ours) and isinstance(column.method.sparsifier, Dynamic):
+        # What was grown and is still exactly zero cannot be told from what is pruned.
+        before = {name: mask & (column.weights(model)[name] != 0) for name, mask in before.items()}
     runner.save_checkpoint(folder / "weights.ckpt", weights_only=True)
     saved = torch.load(folder / "weights.ckpt", weights_only=True)["state_dict"]
     fresh, again = column_of_zeros(column), task(seed=5)
     if not isinstance(column, Ours):
         fresh.callbacks(again)
     again.load_state_dict(saved)
-    second, _ = start(fresh, again)
+    second, watch = start(fresh, again)
+    assert watch is not None
+    watch.asked = 1 - kept(before) / sum(mask.numel() for mask in before.values())
     second.fit(again, Batches())
-    right(fresh, again, SPARSITY)
     assert same(before, fresh.masks(again)), "the masks did not come back"
+    assert SPARSITY - 1e-9 <= watch.asked < SPARSITY + 0.01
 
 
 def column_of_zeros(column_: Column) -> Column:
@@ -580,6 +665,8 @@ def command_line(column: Column, folder: Path) -> None:
             f"--sparsity.file={folder / 'masks.safetensors'}",
         ]
     quiet = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={folder / 'first'}"]
+    if isinstance(column.method.sparsifier, Dynamic):
+        method += ["--sparsity.drops=CosineDrop", "--sparsity.drops.every=1"]
     recipe = ["--config=recipes/digits_lamp.yaml", "--config=recipes/smoke.yaml"]
     first = python("train.py", "fit", *recipe, *method, *quiet)
     assert first.returncode == 0, last_line(first)
@@ -617,6 +704,9 @@ SITUATIONS: dict[str, Callable[[Column, Path], None]] = {
     "NaN gradients on an update step that the user skips: masks stay": nan_skipped,
     "NaN in the gradients of pruned weights": nan_gradient,
     "NaN norm while clipping": clipped_nan,
+    "newly grown weights start at zero, with optimizer state of zero: SGD": grown_start_at_zero(sgd),
+    "the same: AdamW, growing": grown_start_at_zero(lambda p: torch.optim.AdamW(p, **adamw)),
+    "growth by gradients of the whole accumulation window": window,
     "EMAWeightAveraging": ema,
     "StochasticWeightAveraging": swa,
     "two optimizers": two_optimizers,
