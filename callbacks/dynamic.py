@@ -23,7 +23,8 @@ class SparseMomentum(Sparsify):
 
     Args:
         sparsity: fraction of zeros over all targets, in (0, 1).
-        drops: what fraction of the kept weights is dropped, and when; `CosineDrop(0.5, "1ep", 1.0, 0.005)` if not given.
+        drops: what fraction of the kept weights is dropped, and when; if not given,
+            `CosineDrop(0.5, "1ep", 1.0, 0.005)`, the authors'.
         grow: what is grown: `Momentum()` if not given, `Gradient()` or `Random()`.
         redistribution: `Proportional(Momentum())` if not given; another score in it, or `InPlace()` for none.
         distribution: the weights each layer starts with; `Uniform()` if not given.
@@ -97,9 +98,9 @@ class RigL(Sparsify):
 class GraNet(Sparsify):
     """GraNet: gradual pruning with neuroregeneration, Liu et al. (NeurIPS 2021, arXiv 2106.10404).
 
-    From a sparse start (`initial`, 0 is dense) the smallest magnitudes of the whole model go in cubic steps up to `end`.
-    At each of these steps, and on to the end of training, each layer also drops its smallest magnitudes and grows as
-    many weights by gradient.
+    From a sparse start (`initial`, 0 is dense) the smallest magnitudes of the whole model go in cubic steps up to
+    `end`. At each of these steps, and on to the end of training, each layer also drops its smallest magnitudes and
+    grows as many weights by gradient. No layer is emptied, as it could not grow again.
 
     Args:
         sparsity: fraction of zeros over all targets from `end` on, in (0, 1).

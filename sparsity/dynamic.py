@@ -198,5 +198,5 @@ def _check(dropped: dict[str, int], grown: dict[str, int], kept: dict[str, int],
             )
     if sum(dropped.values()) != sum(grown.values()):
         raise InputError(
-            f"the redistribution drops {sum(dropped.values())} weights and grows {sum(grown.values())}: both must be equal"
+            f"the redistribution drops {sum(dropped.values())} weights and grows {sum(grown.values())}: as many must be"
         )

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from sparsity import shards
@@ -73,14 +72,14 @@ class Score:
         """
         raise NotImplementedError(f"{type(self).__name__} defines no score")
 
-    def signal(self, weight: Parameter, optimizers: Sequence[Optimizer]) -> Tensor | None:
+    def signal(self, weight: Tensor, optimizers: Sequence[Optimizer]) -> Tensor | None:
         """What training says of the weight: its gradient before it is masked, None where it has none.
 
         The gradient covers the whole accumulation window, is the mean over ranks under DDP, and is there anyway.
         """
         return weight.grad
 
-    def check(self, weights: Mapping[str, Parameter], optimizers: Sequence[Optimizer]) -> None:
+    def check(self, weights: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
         """Raises `InputError` where these optimizers will give no signal."""
 
 
@@ -125,7 +124,7 @@ class Momentum(Gradient):
 
     needs_momentum = True
 
-    def signal(self, weight: Parameter, optimizers: Sequence[Optimizer]) -> Tensor | None:
+    def signal(self, weight: Tensor, optimizers: Sequence[Optimizer]) -> Tensor | None:
         for optimizer in optimizers:
             state = optimizer.state.get(weight, {})
             if isinstance(state.get("momentum_buffer"), Tensor):
@@ -137,7 +136,7 @@ class Momentum(Gradient):
                 return ratio
         return None
 
-    def check(self, weights: Mapping[str, Parameter], optimizers: Sequence[Optimizer]) -> None:
+    def check(self, weights: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
         stepped = {id(weight) for weight in weights.values()}
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -161,7 +160,7 @@ class Scores(Mapping[str, Tensor]):
     def __init__(
         self,
         score: Score,
-        weights: Mapping[str, Parameter],
+        weights: Mapping[str, Tensor],
         masks: Mapping[str, Tensor],
         seed: str,
         optimizers: Sequence[Optimizer] = (),

@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from callbacks import (
-    GMP, LAMP, SET, ConstantMask, GlobalMP, GraNet, OneShot, RigL, SparseMomentum, Sparsify, StaticMask,
-)  # fmt: skip
+    GMP,
+    LAMP,
+    SET,
+    ConstantMask,
+    GlobalMP,
+    GraNet,
+    OneShot,
+    RigL,
+    SparseMomentum,
+    Sparsify,
+    StaticMask,
+)
 from sparsity import Sparsifier, Targets, masks
 from sparsity.distributions import ER, ERK, Uniform, UniformPlus
 from sparsity.dynamic import Dynamic

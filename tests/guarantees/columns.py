@@ -11,8 +11,18 @@ from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsif
 from torch.nn.utils import parametrize, prune
 
 from callbacks import (
-    GMP, LAMP, SET, ConstantMask, GlobalMP, GraNet, OneShot, RigL, SparseMomentum, Sparsify, StaticMask,
-)  # fmt: skip
+    GMP,
+    LAMP,
+    SET,
+    ConstantMask,
+    GlobalMP,
+    GraNet,
+    OneShot,
+    RigL,
+    SparseMomentum,
+    Sparsify,
+    StaticMask,
+)
 from sparsity import Sparsifier, shards
 from sparsity.schedules import CosineDrop, Linear
 from sparsity.targets import clean
