@@ -60,8 +60,8 @@ def cifar10(folder: str | None) -> Images:
     return data.CIFAR10(folder, batch_size=128)
 
 
-def wide(depth: int, width: int) -> Callable[[], nn.Module]:
-    return lambda: models.WideResNet(depth, width).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a layout
+def wide(depth: int, width: int, dropout: float = 0.0) -> Callable[[], nn.Module]:
+    return lambda: models.WideResNet(depth, width, dropout=dropout).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a layout
 
 
 STEPS = (25 / 54, 50 / 54)  # 25,000 and 50,000 of 54,000 steps
@@ -73,7 +73,8 @@ SETTINGS = {
     "wrn10": Setting(wide(10, 1), cifar10, 10, THIRDS, 0.2, ("static", "SET", "RigL", "GraNet", "momentum"), (0.1,)),
     "wrn22": Setting(wide(22, 2), cifar10, 250, THIRDS, 0.2, ("static", "SET", "RigL", "GraNet"),
                      (0.5, 0.2, 0.1, 0.05)),
-    "wrn28": Setting(wide(28, 2), cifar10, 250, (1 / 3, 2 / 3), 0.1, ("static", "SET", "momentum"), (0.1, 0.2, 0.5)),
+    "wrn28": Setting(wide(28, 2, 0.3), cifar10, 250, (1 / 3, 2 / 3), 0.1, ("static", "SET", "momentum"),
+                     (0.1, 0.2, 0.5)),
 }  # fmt: skip
 METHODS: dict[str, Callable[[float], Sparsify]] = {
     "static": StaticMask,
@@ -141,7 +142,7 @@ def run(name: str, case: Case, folder: str | None, accelerator: str) -> dict[str
     runner.limit_val_batches = 1.0
     [held_out], [tested] = (look(model, images, verbose=False) for look in (runner.validate, runner.test))
     row = {"method": method, "density": density, "seed": seed, "steps": steps, "seconds": round(seconds, 1)}
-    row |= {name: round(value, 6) for name, value in (held_out | tested).items()}
+    row |= {name: round(value, 6) for name, value in {**held_out, **tested}.items()}
     if sparse:
         found = sparse.sparsifier
         row |= {

@@ -68,9 +68,9 @@ class History:
 
         picture = Figure(figsize=(9, 2.8 + 0.3 * len(self.names)), layout="constrained")
         above, below = picture.subplots(2, 1, sharex=True, height_ratios=[max(2.0, 0.35 * len(self.names)), 1.6])
-        edges = torch.tensor([*self.steps, self.steps[-1] + max(1, self.steps[-1] - self.steps[-2])])
-        values = self.densities()
-        heat = above.pcolormesh(edges, torch.arange(len(self.names) + 1), values, vmin=0, vmax=1, cmap="viridis")
+        edges = [*self.steps, self.steps[-1] + max(1, self.steps[-1] - self.steps[-2])]
+        places = list(range(len(self.names) + 1))
+        heat = above.pcolormesh(edges, places, self.densities().numpy(), vmin=0, vmax=1, cmap="viridis")
         above.set_yticks([row + 0.5 for row in range(len(self.names))], labels=self.names, fontsize=8)
         above.invert_yaxis()
         above.set_title("Density of each layer over training", loc="left")

@@ -94,8 +94,24 @@ def test_a_run_can_be_resumed_with_another_method_and_sparsity(tmp_path: Path) -
     runner.fit(task(), Batches())
     runner.save_checkpoint(tmp_path / "half.ckpt")
     method = LAMP(sparsity=0.8, schedule=Linear(0.5, 0.8, 0.1))
+    method.resumes_any = True
     trainer(method, epochs=3).fit(task(1), Batches(), ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True)
     assert method.sparsifier.density() == pytest.approx(0.2, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (OneShot(sparsity=0.8), "trained by OneShot at sparsity 0.5, this run is OneShot at 0.8"),
+        (LAMP(sparsity=0.5), "trained by OneShot at sparsity 0.5, this run is LAMP at 0.5"),
+    ],
+)
+def test_another_method_or_sparsity_is_refused_unless_it_is_meant(other: Sparsify, said: str, tmp_path: Path) -> None:
+    runner = trainer(OneShot(sparsity=0.5), epochs=1)
+    runner.fit(task(), Batches())
+    runner.save_checkpoint(tmp_path / "half.ckpt")
+    with pytest.raises(InputError, match=f"{said}.*resumes_any"):
+        trainer(other, epochs=3).fit(task(1), Batches(), ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True)
 
 
 def test_testing_a_checkpoint_does_not_apply_the_masks_of_another(tmp_path: Path) -> None:
