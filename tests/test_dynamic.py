@@ -32,10 +32,10 @@ def sgd(model: nn.Module) -> Optimizer:
     return SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-def loss(model: nn.Module, step: int) -> Tensor:
+def backward(model: nn.Module, step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     inputs, labels = torch.randn(16, 20, generator=generator), torch.randint(0, 5, (16,), generator=generator)
-    return nn.functional.cross_entropy(model(inputs), labels)
+    torch.autograd.backward(nn.functional.cross_entropy(model(inputs), labels))
 
 
 def attached(rule: Regrowth, model: nn.Module | None = None, **settings: Any) -> tuple[Dynamic, nn.Module, Optimizer]:
@@ -47,7 +47,7 @@ def attached(rule: Regrowth, model: nn.Module | None = None, **settings: Any) ->
 
 
 def step_once(sparsifier: Dynamic, model: nn.Module, optimizer: Optimizer, step: int) -> None:
-    loss(model, step).backward()
+    backward(model, step)
     sparsifier.update(step)
     optimizer.step()
     sparsifier.apply()
@@ -74,6 +74,11 @@ def test_the_count_is_exact_and_the_zeros_hold_at_every_step(grow: str, where: s
     assert masks.density(sparsifier.masks) <= sparsifier.explored() <= 1
 
 
+def grad(weight: nn.Parameter) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad.clone()
+
+
 def by_sorting(weight: Tensor, mask: Tensor, signal: Tensor, count: int) -> set[int]:
     """The kept positions after one update of RigL, in Python's words: sort, cut, sort, add."""
     flat, kept = weight.flatten().tolist(), [i for i, keep in enumerate(mask.flatten().tolist()) if keep]
@@ -86,11 +91,9 @@ def by_sorting(weight: Tensor, mask: Tensor, signal: Tensor, count: int) -> set[
 def test_rigl_equals_sorting() -> None:
     sparsifier, model, optimizer = attached(Regrowth(Gradient(), CosineDrop(0.3, 5, 1.0)))
     for step in range(60):
-        loss(model, step).backward()
-        before = {
-            name: (w.detach().clone(), sparsifier.masks[name], w.grad) for name, w in sparsifier.weights().items()
-        }
-        before = {name: (w, mask, grad.clone()) for name, (w, mask, grad) in before.items() if grad is not None}
+        backward(model, step)
+        weights = sparsifier.weights()
+        before = {name: (w.detach().clone(), sparsifier.masks[name], grad(w)) for name, w in weights.items()}
         sparsifier.update(step)
         fraction = 0.15 * (1 + torch.cos(torch.tensor(torch.pi * step / 100, dtype=torch.float64)).item())
         for name, (weight, mask, gradient) in before.items():
@@ -137,7 +140,7 @@ def test_momentum_grows_where_the_optimizers_momentum_is_largest(make: Any) -> N
     signal = state["momentum_buffer"] if make is SGD else state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)
     assert signal[~before].any(), "the momentum of pruned weights is gone"
     expected = by_sorting(weight.detach(), before, signal, int(0.5 * int(before.count_nonzero())))
-    loss(model, 10).backward()
+    backward(model, 10)
     sparsifier.update(10)
     assert set(sparsifier.masks["0.weight"].flatten().nonzero().squeeze(1).tolist()) == expected
     grown = sparsifier.masks["0.weight"] & ~before
@@ -150,7 +153,7 @@ def test_a_nan_gradient_of_a_pruned_weight_does_not_stay_in_its_momentum() -> No
     sparsifier, model, optimizer = attached(Regrowth(Momentum(), ConstantDrop(0.5, 2, 1.0)))
     weight = sparsifier.weights()["0.weight"]
     for step in range(9):
-        loss(model, step).backward()
+        backward(model, step)
         if step == 3:
             assert weight.grad is not None
             weight.grad[~sparsifier.masks["0.weight"]] = torch.nan
@@ -178,7 +181,7 @@ def test_growth_by_momentum_that_is_all_zero_selects_free_places_all_the_same() 
 
 def test_layers_that_do_not_learn_keep_their_masks() -> None:
     model = net()
-    model[0].weight.requires_grad_(False)  # type: ignore[index, union-attr]  # a Sequential
+    model[0].weight.requires_grad_(False)  # type: ignore[index]  # a Sequential
     for grow in GROW.values():
         sparsifier, model, optimizer = attached(Regrowth(grow(), ConstantDrop(0.5, 1, 1.0)), model)
         first = sparsifier.masks["0.weight"]
@@ -190,11 +193,11 @@ def test_layers_that_do_not_learn_keep_their_masks() -> None:
 
 def test_a_full_layer_stays_full() -> None:
     """ERK makes small layers dense; what they drop they grow again."""
-    sparsifier, model, optimizer = attached(Regrowth(Gradient(), ConstantDrop(0.5, 1, 1.0)), sparsity=0.3)
+    sparsifier, model, _ = attached(Regrowth(Gradient(), ConstantDrop(0.5, 1, 1.0)), sparsity=0.3)
     full = [name for name, mask in sparsifier.masks.items() if mask.all()]
     assert full
     values = {name: sparsifier.weights()[name].detach().clone() for name in full}
-    loss(model, 1).backward()
+    backward(model, 1)
     sparsifier.update(1)
     assert all(sparsifier.masks[name].all() for name in full)
     assert all(torch.equal(values[name], sparsifier.weights()[name]) for name in full)
@@ -286,10 +289,10 @@ def test_no_free_slot(sparsity: float) -> None:
 def test_more_to_grow_than_is_free() -> None:
     class Greedy(InPlace):
         def __call__(self, means: Any, kept: Any, sizes: Any, fraction: float) -> Any:
-            return {name: 1 for name in kept}, {name: sizes[name] for name in kept}
+            return dict.fromkeys(kept, 1), {name: sizes[name] for name in kept}
 
     sparsifier, model, _ = attached(Regrowth(Gradient(), ConstantDrop(0.5, 1, 1.0), Greedy()))
-    loss(model, 1).backward()
+    backward(model, 1)
     before = sparsifier.masks
     with pytest.raises(InputError, match=r"'0\.weight' and grows 600, but \d+ are free"):
         sparsifier.update(1)
@@ -302,7 +305,7 @@ def test_growing_other_than_dropping() -> None:
             return dict.fromkeys(kept, 2), dict.fromkeys(kept, 1)
 
     sparsifier, model, _ = attached(Regrowth(Gradient(), ConstantDrop(0.5, 1, 1.0), Losing()))
-    loss(model, 1).backward()
+    backward(model, 1)
     with pytest.raises(InputError, match="drops 6 weights and grows 3"):
         sparsifier.update(1)
 
@@ -316,8 +319,8 @@ def test_no_target_that_learns() -> None:
     sparsifier, model, _ = attached(
         Regrowth(Gradient(), ConstantDrop(0.5, 1, 1.0)), targets=Targets(include=["0.weight"])
     )
-    model[0].weight.requires_grad_(False)  # type: ignore[index, union-attr]  # a Sequential
-    loss(model, 1).backward()
+    model[0].weight.requires_grad_(False)  # type: ignore[index]  # a Sequential
+    backward(model, 1)
     with pytest.raises(InputError, match="no target has what Gradient grows by at step 1"):
         sparsifier.update(1)
 

@@ -63,7 +63,10 @@ def authors(total: int, shares: dict[str, float], room: dict[str, int]) -> dict[
 @pytest.mark.parametrize("seed", range(200))
 def test_growth_is_the_authors_within_a_weight_and_sums_exactly(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda low, high: int(torch.randint(low, high, (1,), generator=generator))  # noqa: E731  # a shorthand
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
     names = [str(i) for i in range(draw(1, 7))]
     sizes = {name: draw(1, 3000) for name in names}
     kept = {name: draw(0, size + 1) for name, size in sizes.items()}
