@@ -1,6 +1,7 @@
 """What a mask costs: a Lightning training step with each callback at 90 %, over the same step without it.
 
     python -m benchmarks.overhead
+    python -m benchmarks.overhead --methods StaticMask SET RigL GraNet SparseMomentum --name overhead_dynamic
 
 Each run trains on the same batches in memory and times every step, from the end of one batch to the end of the next.
 `plain` is the median of the steps that renew no masks over the dense median; `amortised` puts one measured renewal into
@@ -29,12 +30,12 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from callbacks import GMP, LAMP, ConstantMask, GlobalMP, OneShot, StaticMask
+from callbacks import GMP, LAMP, SET, ConstantMask, GlobalMP, GraNet, OneShot, RigL, SparseMomentum, StaticMask
 from sparsity import Sparsifier, models
-from sparsity.schedules import Linear
+from sparsity.schedules import CosineDrop, Linear
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "overhead.json"
+RESULTS = ROOT / "benchmarks" / "results"
 Batch = tuple[Tensor, Tensor]
 
 
@@ -111,6 +112,7 @@ def layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
 def prepare(method: str, model: Task, setting: Setting) -> list[pl.Callback]:
     """The callbacks of a method; what works without one prunes the model here."""
     renewing = Linear(start=0, end=setting.steps - setting.every, every=setting.every)
+    moving = CosineDrop(0.3, setting.every, 1.0, 0.1)
     if method == "ConstantMask":
         Sparsifier(0.9).attach(model)
     if method == "torch.nn.utils.prune":
@@ -119,6 +121,8 @@ def prepare(method: str, model: Task, setting: Setting) -> list[pl.Callback]:
         "OneShot": lambda: OneShot(0.9), "GMP": lambda: GMP(0.9, schedule=renewing),
         "LAMP": lambda: LAMP(0.9, schedule=renewing), "GlobalMP": lambda: GlobalMP(0.9, schedule=renewing),
         "StaticMask": lambda: StaticMask(0.9), "ConstantMask": ConstantMask,
+        "SET": lambda: SET(0.9, moving), "RigL": lambda: RigL(0.9, moving), "GraNet": lambda: GraNet(0.9, drops=moving),
+        "SparseMomentum": lambda: SparseMomentum(0.9, moving),
         "ModelPruning": lambda: ModelPruning(
             "l1_unstructured", parameters_to_prune=layers(model), amount=0.9,
             apply_pruning=lambda epoch: epoch == 0, use_lottery_ticket_hypothesis=False),
@@ -128,7 +132,8 @@ def prepare(method: str, model: Task, setting: Setting) -> list[pl.Callback]:
 
 METHODS = ["dense", "OneShot", "GMP", "LAMP", "GlobalMP", "StaticMask", "ConstantMask", "ModelPruning",
            "torch.nn.utils.prune"]  # fmt: skip
-RENEWING = ("GMP", "LAMP", "GlobalMP")
+MOVING = ["SET", "RigL", "GraNet", "SparseMomentum"]
+RENEWING = ["GMP", "LAMP", "GlobalMP", *MOVING]
 
 
 def run(name: str, optimizer: str, method: str) -> tuple[list[float], list[float]]:
@@ -165,11 +170,11 @@ def peak() -> int:
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
-def measure(name: str, optimizer: str, repeats: int) -> dict[str, Any]:
+def measure(name: str, optimizer: str, methods: list[str], repeats: int) -> dict[str, Any]:
     """All methods in turn, several times over, so that slow minutes of the machine hit them alike."""
-    plain: dict[str, list[float]] = {method: [] for method in METHODS}
-    renewing: dict[str, list[float]] = {method: [] for method in METHODS}
-    for _, method in track(list(itertools.product(range(repeats), METHODS)), description=f"{name}, {optimizer}"):
+    plain: dict[str, list[float]] = {method: [] for method in methods}
+    renewing: dict[str, list[float]] = {method: [] for method in methods}
+    for _, method in track(list(itertools.product(range(repeats), methods)), description=f"{name}, {optimizer}"):
         steps, renewals = run(name, optimizer, method)
         gc.collect()
         plain[method] += steps
@@ -177,7 +182,7 @@ def measure(name: str, optimizer: str, repeats: int) -> dict[str, Any]:
     dense = statistics.median(plain["dense"])
     weights = sum(module.weight.numel() for module, _ in layers(SETTINGS[name].network()))  # type: ignore[misc, operator]  # a Linear's or a convolution's
     rows = {}
-    for method in METHODS:
+    for method in methods:
         step = statistics.median(plain[method])
         renewal = statistics.median(renewing[method]) if renewing[method] else None
         rows[method] = {
@@ -187,7 +192,7 @@ def measure(name: str, optimizer: str, repeats: int) -> dict[str, Any]:
         }  # fmt: skip
     if (name, optimizer) == ("MLP 4096x4096", "SGD"):
         base = memory(name, optimizer, "dense")
-        for method in METHODS[1:]:
+        for method in methods[1:]:
             rows[method]["memory"] = round((memory(name, optimizer, method) - base) / weights, 2)
     return {"network": name, "optimizer": optimizer, "batch": SETTINGS[name].shape[0], "weights": weights, "rows": rows}
 
@@ -197,47 +202,51 @@ def main() -> None:
     parser.add_argument(
         "--networks", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="the others' results stay"
     )
+    parser.add_argument("--methods", nargs="+", default=METHODS[1:], choices=[*METHODS[1:], *MOVING])
+    parser.add_argument("--name", default="overhead", help="of the result file")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     results = [
-        measure(name, optimizer, options.repeats)
+        measure(name, optimizer, ["dense", *options.methods], options.repeats)
         for name in options.networks
         for optimizer in OPTIMIZERS
         if optimizer == "SGD" or not SETTINGS[name].clip
     ]
-    known = json.loads(RESULT.read_text())["results"] if RESULT.exists() else []
+    path = RESULTS / f"{options.name}.json"
+    known = json.loads(path.read_text())["results"] if path.exists() else []
     results += [each for each in known if each["network"] not in options.networks]
     results.sort(key=lambda each: list(SETTINGS).index(each["network"]))
     about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "sparsity": 0.9, "device": "cpu"}
-    RESULT.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    path.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
     print(table(results))
 
 
-OURS = METHODS[1:-2]
-
-
 def table(results: list[dict[str, Any]]) -> str:
-    """The ratios in Markdown: the least and the greatest of our callbacks, and the peers."""
-    heads = [
-        "network, optimizer",
-        "dense step",
-        "our callbacks",
-        "with renewals",
-        *(f"`{peer}`" for peer in METHODS[-2:]),
-    ]
+    """The ratios in Markdown: with peers the least and the greatest of our callbacks, else a column for each."""
+    methods = list(results[0]["rows"])[1:]
+    peers = [method for method in methods if method in METHODS[-2:]]
+    heads = ["our callbacks", "with renewals"] if peers else []
+    heads = ["network, optimizer", "dense step", *heads, *(f"`{method}`" for method in peers or methods)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for result in results:
         rows = result["rows"]
-        plain = [rows[method]["plain"] for method in OURS]
-        amortised = [rows[method]["amortised"] for method in RENEWING]
-        peers = [f"{rows[method]['plain']:.2f}" for method in METHODS[-2:]]
-        lines.append(
-            f"| {result['network']}, {result['optimizer']} | {rows['dense']['step_ms']:.1f} ms "
-            f"| {min(plain):.2f} to {max(plain):.2f} | {min(amortised):.2f} to {max(amortised):.2f} "
-            f"| {peers[0]} | {peers[1]} |"
-        )
+        ours = [rows[method] for method in methods if method not in peers]
+        cells = [span(ours, "plain"), span(ours, "amortised")] if peers else []
+        cells += [ratio(rows[method]) for method in peers or methods]
+        name = f"{result['network']}, {result['optimizer']}"
+        lines.append(f"| {name} | {rows['dense']['step_ms']:.1f} ms | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def span(rows: list[dict[str, Any]], key: str) -> str:
+    found = [row[key] for row in rows if row[key] is not None]
+    return f"{min(found):.2f} to {max(found):.2f}"
+
+
+def ratio(row: dict[str, Any]) -> str:
+    """Steps without a renewal and, where masks are renewed, amortised."""
+    return f"{row['plain']:.2f}" + ("" if row["amortised"] is None else f" / {row['amortised']:.2f}")
 
 
 if __name__ == "__main__":

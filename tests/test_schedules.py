@@ -2,7 +2,21 @@ import re
 
 import pytest
 
-from sparsity.schedules import Constant, Cubic, Horizon, Iterative, Linear, Once, Plan, Schedule, Time
+from sparsity import InputError
+from sparsity.schedules import (
+    Constant,
+    ConstantDrop,
+    CosineDrop,
+    Cubic,
+    Horizon,
+    Iterative,
+    Linear,
+    LinearDrop,
+    Once,
+    Plan,
+    Schedule,
+    Time,
+)
 
 TRAINING = Horizon(steps=1000, per_epoch=20)
 ENDLESS = Horizon()
@@ -238,3 +252,64 @@ def test_steps_that_go_nowhere_are_refused_at_once(start: int, end: int, every: 
 def test_a_schedule_without_a_plan_says_so() -> None:
     with pytest.raises(NotImplementedError, match="Schedule plans nothing"):
         Schedule().plan(0.9, TRAINING)
+
+
+# Drops -----------------------------------------------------------------------------------------------------------
+
+
+def test_drops_come_after_each_interval_and_before_the_end() -> None:
+    plan = ConstantDrop(0.3, every=100, end=0.75).plan(TRAINING)
+    assert plan == dict.fromkeys((100, 200, 300, 400, 500, 600, 700), 0.3)
+    assert list(ConstantDrop(0.3, "1ep", 1.0).plan(TRAINING)) == list(range(20, 1000, 20))
+    assert list(ConstantDrop(0.3, 0.1, 0.5).plan(TRAINING)) == [100, 200, 300, 400]
+
+
+def test_cosine_drop_is_rigls_by_hand() -> None:
+    """0.3 / 2 (1 + cos(pi t / 750)) at t = 0, 250, 500, 750: 0.3, 0.225, 0.075, 0."""
+    plan = CosineDrop(0.3, every=250, end=0.75).plan(TRAINING)
+    assert plan == {250: pytest.approx(0.225), 500: pytest.approx(0.075)}
+
+
+def test_cosine_drop_is_sparse_momentums_by_hand() -> None:
+    """0.005 + 0.495 / 2 (1 + cos(pi t / T)): the mean of both ends in the middle, 0.005 at the end."""
+    drop = CosineDrop(0.5, every=1, end=1.0, final=0.005)
+    assert drop.plan(TRAINING)[500] == pytest.approx(0.2525)
+    assert drop.fraction(0.0) == 0.5
+    assert drop.fraction(1.0) == pytest.approx(0.005)
+
+
+def test_linear_drop_by_hand() -> None:
+    assert LinearDrop(0.4, every=500, end=1.0).plan(TRAINING) == {500: pytest.approx(0.2)}
+
+
+@pytest.mark.parametrize(
+    ("drop", "horizon", "said"),
+    [
+        (
+            ConstantDrop(0.3, 1000),
+            Horizon(steps=900),
+            r"every=1000 .* end=0\.75 \(step 675\), in a training of 900 steps",
+        ),
+        (ConstantDrop(0.3, "1ep", 1.0), Horizon(steps=540, per_epoch=540), r"comes first at step 540"),
+        (
+            ConstantDrop(0.3, 10, 2000),
+            Horizon(steps=900),
+            r"end=2000 is step 2000, after the end of training at step 900",
+        ),
+        (ConstantDrop(), Horizon(), "fraction of a training without end"),
+    ],
+)
+def test_drops_that_cannot_come_are_refused(drop: ConstantDrop, horizon: Horizon, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        drop.plan(horizon)
+
+
+@pytest.mark.parametrize("initial", [0, 1, 1.5, -0.1])
+def test_fractions_outside_are_refused(initial: float) -> None:
+    with pytest.raises(InputError, match=r"initial must lie in \(0, 1\)"):
+        ConstantDrop(initial)
+
+
+def test_a_cosine_that_rises_is_refused() -> None:
+    with pytest.raises(InputError, match=r"final must lie in \[0, initial=0\.3\], got 0\.5"):
+        CosineDrop(0.3, final=0.5)

@@ -182,3 +182,29 @@ def test_a_missing_data_folder_is_named(recipe: str, tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit):
         call(tmp_path, "fit", "--config", str(ROOT / f"recipes/{recipe}.yaml"), f"--data.data_dir={tmp_path}/none")
     assert re.search(r"error: no folder '.*/none': pass", capsys.readouterr().err)
+
+
+@new_log_folder
+def test_another_sparsity_is_resumed_only_if_it_is_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path)
+    again = ["--sparsity.sparsity=0.95", "--trainer.max_epochs=3", "--ckpt_path=last"]
+    with pytest.raises(SystemExit):
+        fit(tmp_path, *again)
+    error = capsys.readouterr().err
+    assert "LAMP at sparsity 0.9, this run is LAMP at 0.95" in error
+    assert "--resumes_any=true" in error
+    fit(tmp_path, *again, "--resumes_any=true")
+    assert read(tmp_path)["sparsity"]["target"] == 0.95
+
+
+def test_a_recipes_method_is_swapped_for_one_that_grows(tmp_path: Path) -> None:
+    fit(tmp_path, "--sparsity=RigL", "--sparsity.drops=InTime", "--sparsity.drops.every=5")
+    found = read(tmp_path)["sparsity"]
+    assert found["achieved"] == 0.9
+    assert found["explored"] > 0.11
+
+
+def test_an_interval_longer_than_training_is_said_plainly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fit(tmp_path, "--sparsity=RigL", "--sparsity.drops=CosineDrop", "--sparsity.drops.every=5000")
+    assert "error: an update every=5000 (5000 steps) comes first" in capsys.readouterr().err

@@ -340,3 +340,44 @@ def test_integer_state_is_left_alone() -> None:
     sparsifier.apply()
     assert bool((optimizer.state[model.weight]["codes"] == 127).all())
     assert not model.weight[~sparsifier.masks["weight"]].any()
+
+
+# Methods that grow by momentum --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
+def test_with_its_state_kept_a_pruned_weight_has_a_momentum_and_is_zero(kind: type[Optimizer]) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(20, 10))
+    mask = torch.rand(20, 10) < 0.3
+    settings: Settings = {"momentum": 0.9} if kind is SGD else {}
+    optimizer = kind([weight], lr=0.1, **settings)  # type: ignore[call-arg]  # every optimizer has a rate
+    keeper = Upkeep(optimizer, keeps_state=True)
+    keeper.enforce({"w": weight}, {"w": mask})
+    for _ in range(5):
+        weight.grad = torch.randn(20, 10)
+        gradient = weight.grad.clone()
+        keeper.mask_gradients({"w": weight}, {"w": mask})
+        assert torch.equal(weight.grad, gradient)
+        optimizer.step()
+        keeper.after_step({"w": weight}, {"w": mask})
+        assert not weight[~mask].any()
+    states = [s for s in optimizer.state[weight].values() if isinstance(s, Tensor) and s.shape == weight.shape]
+    assert states
+    assert all(bool(state.all()) for state in states)
+
+    grown = torch.zeros(20, 10, dtype=torch.bool)
+    grown[~mask] = torch.rand(int((~mask).sum())) < 0.5
+    before = [state.clone() for state in states]
+    keeper.restart({"w": weight}, {"w": grown})
+    assert not any(state[grown].any() for state in states)
+    assert all(torch.equal(state[~grown], old[~grown]) for state, old in zip(states, before, strict=True))
+
+
+def test_with_its_state_kept_a_gradient_that_is_not_finite_is_masked() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    mask = torch.tensor([[True, False], [False, True]])
+    keeper = Upkeep(SGD([weight], lr=0.1, momentum=0.9), keeps_state=True)
+    weight.grad = torch.tensor([[1.0, math.inf], [2.0, 3.0]])
+    keeper.mask_gradients({"w": weight}, {"w": mask})
+    assert weight.grad.tolist() == [[1.0, 0.0], [0.0, 3.0]]
