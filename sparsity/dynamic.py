@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
@@ -154,13 +154,15 @@ class Dynamic(Sparsifier):
         sizes = {name: before[name].numel() for name in learning}
         dropped, grown = rule.redistribution(self._means(before, kept), kept, sizes, fraction)
         _check(dropped, grown, kept, sizes)
-        stays, slots = dict(before), {}
+        found, free = dict(before), dict[str, Tensor]()
         lowest = self._scores(rule.drop, before, f"{step}/drop")
+        highest = self._scores(rule.grow, free, f"{step}/grow")
         for name in learning:
-            stays[name] = largest(lowest[name], kept[name] - dropped[name])
-            slots[name] = ~stays[name]
-        highest = self._scores(rule.grow, slots, f"{step}/grow")
-        return stays | {name: stays[name] | largest(highest[name], grown[name]) for name in learning}
+            stays = largest(lowest[name], kept[name] - dropped[name])
+            free[name] = ~stays
+            found[name] = stays | largest(highest[name], grown[name])
+            del free[name]  # one layer's at a time
+        return found
 
     def _means(self, before: Masks, kept: dict[str, int]) -> dict[str, float]:
         """The mean score by which layers are compared, over the kept weights of each."""
