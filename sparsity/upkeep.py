@@ -65,7 +65,7 @@ class Upkeep:
     def restart(self, weights: Weights, grown: Mapping[str, Tensor]) -> None:
         """Newly grown weights and their state become exactly zero, those that keep their state too."""
         for name, weight in weights.items():
-            if grown[name].any():
+            if grown[name].count_nonzero():
                 for tensor in (weight, *self._all_states(weight)):
                     self._keep(tensor, ~grown[name])
 
