@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from callbacks import SparsityReport
 from sparsity import masks, shards
 from tests.guarantees.columns import Column, Ours, column
-from tests.guarantees.situations import Task, sgd
+from tests.guarantees.runs import Task, sgd
 from tests.nets import trainer
 
 

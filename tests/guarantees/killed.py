@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileOpener  # type: ignore[import-
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from tests.guarantees.columns import column
-from tests.guarantees.situations import Batches, start, task
+from tests.guarantees.runs import Batches, start, task
 
 written = 0
 write = LocalFileOpener.write
