@@ -75,8 +75,8 @@ class RigL(Sparsify):
     Every 100 steps up to 75 % of training each layer drops its smallest magnitudes, 30 % at first and fewer along a
     cosine, and grows as many weights where the gradient is largest. `drops=InTime()` is RigL-ITOP (arXiv 2102.02887).
 
-    The gradient is the one that training has computed anyway: over the whole accumulation window and all ranks. Unlike
-    the authors' code, the step of an update is also an optimizer's step: new weights take it at once.
+    The gradient is the one that training has computed anyway: over the whole accumulation window and all ranks. At an
+    update the authors' code skips the optimizer's step; here only the newly grown weights do not take it.
 
     Args:
         sparsity: fraction of zeros over all targets, in (0, 1).

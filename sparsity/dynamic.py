@@ -48,7 +48,8 @@ class Dynamic(Sparsifier):
     Starts from random masks with the counts of `distribution`. An update drops some kept weights of each layer and
     grows as many weights, in all, from those that are then free; just dropped ones are free too, and one that is grown
     at once has never left: it keeps its value. A newly grown weight starts at exactly zero, with optimizer state of
-    zero. The number of kept weights is exact at all times.
+    zero. One that was grown because its gradient was the largest does not take a step by that gradient, which chance
+    has had a part in, but by the next one. The number of kept weights is exact at all times.
 
     A `schedule` that asks for more sparsity as training goes on is met at each of its steps first, by dropping the
     smallest magnitudes of the whole model, but not all of any layer (gradual pruning with regrowth, GraNet).
@@ -121,7 +122,8 @@ class Dynamic(Sparsifier):
     def renew(self, found: Masks, step: int) -> None:
         """Takes over new masks; what they newly keep starts at zero, with optimizer state of zero."""
         grown = {name: mask & ~self.masks[name] for name, mask in found.items()}
-        self._upkeep.restart(self.weights(), grown)
+        by_gradient = self.regrowth.grow.needs_gradient and not self.keeps_state
+        self._upkeep.restart(self.weights(), grown, gradients=by_gradient)
         ever = (self.ever or self.masks) if step else found
         self.ever = {name: ever[name].to(mask.device) | mask for name, mask in found.items()}
         super().renew(found, step)

@@ -62,11 +62,12 @@ class Upkeep:
                     self._keep(tensor, masks[name])
             self._zero[name] = [Seen(tensor) for tensor in (weight, masks[name], *self._states(weight))]
 
-    def restart(self, weights: Weights, grown: Mapping[str, Tensor]) -> None:
-        """Newly grown weights and their state become exactly zero, those that keep their state too."""
+    def restart(self, weights: Weights, grown: Mapping[str, Tensor], gradients: bool = False) -> None:
+        """Newly grown weights and their state become exactly zero, also where state is kept, and gradients if asked."""
         for name, weight in weights.items():
             if grown[name].count_nonzero():
-                for tensor in (weight, *self._all_states(weight)):
+                gradient = [weight.grad] if gradients and weight.grad is not None else []
+                for tensor in (weight, *self._all_states(weight), *gradient):
                     self._keep(tensor, ~grown[name])
 
     def enforce(self, weights: Weights, masks: Mapping[str, Tensor]) -> None:

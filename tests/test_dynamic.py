@@ -330,3 +330,16 @@ def test_in_time_is_long_and_does_not_stop() -> None:
     assert list(plan)[:2] == [4000, 8000]
     assert max(plan) == 96_000
     assert 0.005 < plan[96_000] < plan[4000] < 0.5
+
+
+def test_a_weight_grown_by_its_gradient_takes_its_first_step_by_the_next_one() -> None:
+    for grow, waits in ((Gradient(), True), (Random(), False), (Momentum(), False)):
+        sparsifier, model, optimizer = attached(Regrowth(grow, ConstantDrop(0.5, 2, 1.0)))
+        for step in range(4):
+            before = sparsifier.masks["0.weight"]
+            step_once(sparsifier, model, optimizer, step)
+            if step == 2:
+                grown = sparsifier.masks["0.weight"] & ~before
+                assert grown.any()
+                assert waits == (not sparsifier.weights()["0.weight"][grown].any())
+        assert sparsifier.weights()["0.weight"][grown].any()
