@@ -100,7 +100,8 @@ class GraNet(Sparsify):
 
     From a sparse start (`initial`, 0 is dense) the smallest magnitudes of the whole model go in cubic steps up to
     `end`. At each of these steps, and on to the end of training, each layer also drops its smallest magnitudes and
-    grows as many weights by gradient. No layer is emptied, as it could not grow again.
+    grows as many weights by gradient. No layer is emptied, as it could not grow again. For a network that is already
+    trained take `initial=0`: the sparse start of this and of the other methods is random, and would undo its training.
 
     Args:
         sparsity: fraction of zeros over all targets from `end` on, in (0, 1).
