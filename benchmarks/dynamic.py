@@ -1,7 +1,7 @@
 """Dynamic sparse training against static masks and the dense network, in the literature's protocols.
 
     python -m benchmarks.dynamic lenet300 --data data/mnist
-    python -m benchmarks.dynamic lenet5 --data data/mnist
+    python -m benchmarks.dynamic lenet5 --data data/mnist --epochs 10
     python -m benchmarks.dynamic wrn10 --data data/cifar10
 
 `lenet300` and `lenet5` are the MNIST runs of Dettmers & Zettlemoyer (arXiv 1907.04840): 100 epochs, batches of 100,
@@ -64,12 +64,16 @@ def wide(depth: int, width: int, dropout: float = 0.0) -> Callable[[], nn.Module
     return lambda: models.WideResNet(depth, width, dropout=dropout).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a layout
 
 
+def lenet5() -> nn.Module:
+    return models.LeNet5(rectify=True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a layout
+
+
 STEPS = (25 / 54, 50 / 54)  # 25,000 and 50,000 of 54,000 steps
 THIRDS = (30_000 / 97_656, 60_000 / 97_656, 90_000 / 97_656)
 SETTINGS = {
     "lenet300": Setting(models.LeNet300100, mnist, 100, STEPS, 0.1, ("static", "SET", "RigL", "momentum"),
                         (0.1, 0.05, 0.02, 0.01)),
-    "lenet5": Setting(models.LeNet5, mnist, 100, STEPS, 0.1, ("static", "momentum"), (0.05, 0.01)),
+    "lenet5": Setting(lenet5, mnist, 100, STEPS, 0.1, ("static", "momentum"), (0.05, 0.01)),
     "wrn10": Setting(wide(10, 1), cifar10, 10, THIRDS, 0.2, ("static", "SET", "RigL", "GraNet", "momentum"), (0.1,)),
     "wrn22": Setting(wide(22, 2), cifar10, 250, THIRDS, 0.2, ("static", "SET", "RigL", "GraNet"),
                      (0.5, 0.2, 0.1, 0.05)),
@@ -118,7 +122,7 @@ class Trained(pl.LightningModule):
 Case = tuple[str, float, int]
 
 
-def run(name: str, case: Case, folder: str | None, accelerator: str) -> dict[str, Any]:
+def run(name: str, case: Case, epochs: int, folder: str | None, accelerator: str) -> dict[str, Any]:
     """One network, trained and tested."""
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -132,7 +136,7 @@ def run(name: str, case: Case, folder: str | None, accelerator: str) -> dict[str
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
     runner = pl.Trainer(
-        max_epochs=setting.epochs, limit_val_batches=0, accelerator=accelerator, devices=1,
+        max_epochs=epochs, limit_val_batches=0, accelerator=accelerator, devices=1,
         callbacks=[sparse] if sparse else [], **quiet,
     )  # fmt: skip
     start = time.perf_counter()
@@ -191,6 +195,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="those of the setting if not given")
     parser.add_argument("--densities", nargs="+", type=float, help="those of the setting if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--epochs", type=int, help="those of the setting if not given; a file of its own")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each on a CPU")
     parser.add_argument("--accelerator", default="cpu", choices=["cpu", "gpu"])
     options = parser.parse_args()
@@ -200,12 +205,17 @@ def main() -> None:
         for density in options.densities or setting.densities
         for method in options.methods or setting.methods
     ]
-    path = RESULTS / f"dynamic_{options.setting}.json"
+    options.epochs = options.epochs or setting.epochs
+    suffix = "" if options.epochs == setting.epochs else f"_{options.epochs}_epochs"
+    path = RESULTS / f"dynamic_{options.setting}{suffix}.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
     known = {(row["method"], row["density"], row["seed"]) for row in rows}
     missing = [(*case, seed) for seed in options.seeds for case in cases if (*case, seed) not in known]
     with ProcessPoolExecutor(options.jobs, max_tasks_per_child=1) as pool:
-        runs = [pool.submit(run, options.setting, each, options.data, options.accelerator) for each in missing]
+        runs = [
+            pool.submit(run, options.setting, each, options.epochs, options.data, options.accelerator)
+            for each in missing
+        ]
         for done in track(as_completed(runs), total=len(runs), description=options.setting):
             rows.append(done.result())
             save(path, options, rows)
@@ -215,8 +225,7 @@ def main() -> None:
 def save(path: Path, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     order = ["dense", *METHODS]
     rows.sort(key=lambda row: (order.index(row["method"]), -row["density"], row["seed"]))
-    setting = SETTINGS[options.setting]
-    about = {"setting": options.setting, "epochs": setting.epochs, "torch": torch.__version__}
+    about = {"setting": options.setting, "epochs": options.epochs, "torch": torch.__version__}
     path.write_text(json.dumps({**about, "summary": summary(rows), "runs": rows}, indent=1) + "\n")
 
 

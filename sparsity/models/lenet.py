@@ -38,12 +38,15 @@ class LeNet5(nn.Module):
     Args:
         channels: channels of the images, 1 for MNIST.
         classes: number of labels.
+        rectify: whether a ReLU follows each convolution, as in sparse momentum's code; at its learning rate of 0.1
+            the dense network does not learn without.
     """
 
-    def __init__(self, channels: int = 1, classes: int = 10) -> None:
+    def __init__(self, channels: int = 1, classes: int = 10, rectify: bool = False) -> None:
         super().__init__()
         if min(channels, classes) < 1:
             raise ValueError(f"channels and classes must be at least 1, got {channels=}, {classes=}")
+        self.rectify = rectify
         self.conv1 = nn.Conv2d(channels, 20, kernel_size=5)
         self.conv2 = nn.Conv2d(20, 50, kernel_size=5)
         self.fc1 = nn.Linear(50 * 4 * 4, 500)
@@ -51,7 +54,11 @@ class LeNet5(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, channels, 28, 28]``."""
-        features = F.max_pool2d(self.conv1(images), 2)
-        features = F.max_pool2d(self.conv2(features), 2)
+        features = self._pooled(self.conv1(images))
+        features = self._pooled(self.conv2(features))
         logits: Tensor = self.fc2(F.relu(self.fc1(features.flatten(1))))
         return logits
+
+    def _pooled(self, features: Tensor) -> Tensor:
+        pooled = F.max_pool2d(features, 2)
+        return F.relu(pooled) if self.rectify else pooled

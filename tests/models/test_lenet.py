@@ -64,3 +64,15 @@ def test_errors_name_the_values() -> None:
         LeNet300100(inputs=0)
     with pytest.raises(ValueError, match=r"channels and classes must be .* got channels=1, classes=-2"):
         LeNet5(classes=-2)
+
+
+def test_rectified_lenet5_has_a_relu_after_each_convolution() -> None:
+    torch.manual_seed(0)
+    plain, rectified = LeNet5(), LeNet5(rectify=True)
+    rectified.load_state_dict(plain.state_dict())
+    images = torch.randn(4, 1, 28, 28)
+    features = torch.relu(torch.max_pool2d(plain.conv1(images), 2))
+    features = torch.max_pool2d(torch.relu(plain.conv2(features)), 2)
+    expected = plain.fc2(torch.relu(plain.fc1(features.flatten(1))))
+    assert torch.allclose(rectified(images), expected, atol=1e-6)
+    assert not torch.allclose(plain(images), expected, atol=1e-3)
