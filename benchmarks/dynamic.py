@@ -65,7 +65,7 @@ def wide(depth: int, width: int, dropout: float = 0.0) -> Callable[[], nn.Module
 
 
 def lenet5() -> nn.Module:
-    return models.LeNet5(rectify=True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a layout
+    return models.LeNet5(rectify=True).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]  # a layout
 
 
 STEPS = (25 / 54, 50 / 54)  # 25,000 and 50,000 of 54,000 steps
