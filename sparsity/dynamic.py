@@ -121,11 +121,12 @@ class Dynamic(Sparsifier):
 
     def renew(self, found: Masks, step: int) -> None:
         """Takes over new masks; what they newly keep starts at zero, with optimizer state of zero."""
-        grown = {name: mask & ~self.masks[name] for name, mask in found.items()}
         by_gradient = self.regrowth.grow.needs_gradient and not self.keeps_state
-        self._upkeep.restart(self.weights(), grown, gradients=by_gradient)
-        ever = (self.ever or self.masks) if step else found
-        self.ever = {name: ever[name].to(mask.device) | mask for name, mask in found.items()}
+        ever, self.ever = (self.ever or self.masks) if step else found, {}
+        for name, weight in self.weights().items():
+            grown = found[name] & ~self.masks[name]
+            self._upkeep.restart(weight, grown, gradient=by_gradient)
+            self.ever[name] = ever[name].to(grown.device) | found[name]
         super().renew(found, step)
 
     def state_dict(self) -> dict[str, Any]:

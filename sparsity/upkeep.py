@@ -62,13 +62,13 @@ class Upkeep:
                     self._keep(tensor, masks[name])
             self._zero[name] = [Seen(tensor) for tensor in (weight, masks[name], *self._states(weight))]
 
-    def restart(self, weights: Weights, grown: Mapping[str, Tensor], gradients: bool = False) -> None:
-        """Newly grown weights and their state become exactly zero, also where state is kept, and gradients if asked."""
-        for name, weight in weights.items():
-            if grown[name].count_nonzero():
-                gradient = [weight.grad] if gradients and weight.grad is not None else []
-                for tensor in (weight, *self._all_states(weight), *gradient):
-                    self._keep(tensor, ~grown[name])
+    def restart(self, weight: Parameter, grown: Tensor, gradient: bool = False) -> None:
+        """Newly grown weights and their state become exactly zero, also where state is kept; the gradient if asked."""
+        if not grown.count_nonzero():
+            return
+        gradients = [weight.grad] if gradient and weight.grad is not None else []
+        for tensor in (weight, *self._all_states(weight), *gradients):
+            self._keep(tensor, ~grown)
 
     def enforce(self, weights: Weights, masks: Mapping[str, Tensor]) -> None:
         """At any time, whatever was written: pruned weights and their state are exactly zero."""

@@ -369,7 +369,7 @@ def test_with_its_state_kept_a_pruned_weight_has_a_momentum_and_is_zero(kind: ty
     grown = torch.zeros(20, 10, dtype=torch.bool)
     grown[~mask] = torch.rand(int((~mask).sum())) < 0.5
     before = [state.clone() for state in states]
-    keeper.restart({"w": weight}, {"w": grown})
+    keeper.restart(weight, grown)
     assert not any(state[grown].any() for state in states)
     assert all(torch.equal(state[~grown], old[~grown]) for state, old in zip(states, before, strict=True))
 
