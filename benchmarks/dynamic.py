@@ -1,7 +1,7 @@
 """Dynamic sparse training against static masks and the dense network, in the literature's protocols.
 
     python -m benchmarks.dynamic lenet300 --data data/mnist
-    python -m benchmarks.dynamic lenet5 --data data/mnist --epochs 10
+    python -m benchmarks.dynamic lenet5 --data data/mnist --epochs 6
     python -m benchmarks.dynamic wrn10 --data data/cifar10
 
 `lenet300` and `lenet5` are the MNIST runs of Dettmers & Zettlemoyer (arXiv 1907.04840): 100 epochs, batches of 100,
@@ -15,7 +15,6 @@ missing.
 import argparse
 import json
 import logging
-import math
 import statistics
 import time
 import warnings
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from callbacks import SET, GraNet, RigL, SparseMomentum, Sparsify, StaticMask
 from sparsity import data, models
 from sparsity.data.images import Images
-from sparsity.distributions import Uniform
+from sparsity.distributions import ERK, Uniform
 from sparsity.schedules import CosineDrop
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,7 +46,9 @@ class Setting:
     def __init__(
         self, network: Callable[[], nn.Module], images: Callable[[str | None], Images], epochs: int,
         milestones: tuple[float, ...], gamma: float, methods: tuple[str, ...], densities: tuple[float, ...],
+        rate: float = 0.1,
     ) -> None:  # fmt: skip
+        self.rate = rate
         self.network, self.images, self.epochs = network, images, epochs
         self.milestones, self.gamma, self.methods, self.densities = milestones, gamma, methods, densities
 
@@ -73,7 +74,7 @@ THIRDS = (30_000 / 97_656, 60_000 / 97_656, 90_000 / 97_656)
 SETTINGS = {
     "lenet300": Setting(models.LeNet300100, mnist, 100, STEPS, 0.1, ("static", "SET", "RigL", "momentum"),
                         (0.1, 0.05, 0.02, 0.01)),
-    "lenet5": Setting(lenet5, mnist, 100, STEPS, 0.1, ("static", "momentum"), (0.05, 0.01)),
+    "lenet5": Setting(lenet5, mnist, 100, STEPS, 0.1, ("momentum, ERK",), (0.05, 0.01), rate=0.03),
     "wrn10": Setting(wide(10, 1), cifar10, 10, THIRDS, 0.2, ("static", "SET", "RigL", "GraNet", "momentum"), (0.1,)),
     "wrn22": Setting(wide(22, 2), cifar10, 250, THIRDS, 0.2, ("static", "SET", "RigL", "GraNet"),
                      (0.5, 0.2, 0.1, 0.05)),
@@ -87,6 +88,7 @@ METHODS: dict[str, Callable[[float], Sparsify]] = {
     "GraNet": GraNet,
     "momentum": SparseMomentum,
     "static, uniform": lambda sparsity: StaticMask(sparsity, Uniform()),
+    "momentum, ERK": lambda sparsity: SparseMomentum(sparsity, distribution=ERK()),
     "momentum, 0.2": lambda sparsity: SparseMomentum(sparsity, CosineDrop(0.2, "1ep", 1.0, 0.005)),
 }
 
@@ -112,7 +114,9 @@ class Trained(pl.LightningModule):
         self.log(name, right, on_epoch=True, batch_size=len(batch[1]))
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(
+            self.parameters(), lr=self.setting.rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
         steps = int(self.trainer.estimated_stepping_batches)
         milestones = [round(part * steps) for part in self.setting.milestones]
         falling = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, self.setting.gamma)
@@ -122,13 +126,14 @@ class Trained(pl.LightningModule):
 Case = tuple[str, float, int]
 
 
-def run(name: str, case: Case, epochs: int, folder: str | None, accelerator: str) -> dict[str, Any]:
+def run(name: str, case: Case, epochs: int, rate: float, folder: str | None, accelerator: str) -> dict[str, Any]:
     """One network, trained and tested."""
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     if accelerator == "cpu":
         torch.set_num_threads(1)
     setting, (method, density, seed) = SETTINGS[name], case
+    setting.rate = rate
     pl.seed_everything(seed, verbose=False)
     model, images = Trained(setting), setting.images(folder)
     sparse = None if method == "dense" else METHODS[method](round(1 - density, 6))
@@ -184,8 +189,8 @@ def table(result: dict[str, Any]) -> str:
 def cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
-    spread = math.nan if row["test_acc_std"] is None else 100 * row["test_acc_std"]
-    return f"{100 * row['test_acc_mean']:.2f} ± {spread:.2f}"
+    spread = "one seed" if row["test_acc_std"] is None else f"± {100 * row['test_acc_std']:.2f}"
+    return f"{100 * row['test_acc_mean']:.2f} {spread}"
 
 
 def main() -> None:
@@ -196,6 +201,7 @@ def main() -> None:
     parser.add_argument("--densities", nargs="+", type=float, help="those of the setting if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, help="those of the setting if not given; a file of its own")
+    parser.add_argument("--rate", type=float, help="the learning rate, that of the setting if not given")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each on a CPU")
     parser.add_argument("--accelerator", default="cpu", choices=["cpu", "gpu"])
     options = parser.parse_args()
@@ -206,14 +212,16 @@ def main() -> None:
         for method in options.methods or setting.methods
     ]
     options.epochs = options.epochs or setting.epochs
+    options.rate = options.rate or setting.rate
     suffix = "" if options.epochs == setting.epochs else f"_{options.epochs}_epochs"
+    suffix += "" if options.rate == setting.rate else f"_rate_{options.rate:g}"
     path = RESULTS / f"dynamic_{options.setting}{suffix}.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
     known = {(row["method"], row["density"], row["seed"]) for row in rows}
     missing = [(*case, seed) for seed in options.seeds for case in cases if (*case, seed) not in known]
     with ProcessPoolExecutor(options.jobs, max_tasks_per_child=1) as pool:
         runs = [
-            pool.submit(run, options.setting, each, options.epochs, options.data, options.accelerator)
+            pool.submit(run, options.setting, each, options.epochs, options.rate, options.data, options.accelerator)
             for each in missing
         ]
         for done in track(as_completed(runs), total=len(runs), description=options.setting):
@@ -225,7 +233,7 @@ def main() -> None:
 def save(path: Path, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     order = ["dense", *METHODS]
     rows.sort(key=lambda row: (order.index(row["method"]), -row["density"], row["seed"]))
-    about = {"setting": options.setting, "epochs": options.epochs, "torch": torch.__version__}
+    about = {"setting": options.setting, "epochs": options.epochs, "rate": options.rate, "torch": torch.__version__}
     path.write_text(json.dumps({**about, "summary": summary(rows), "runs": rows}, indent=1) + "\n")
 
 
