@@ -7,10 +7,12 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+import train
 from sparsity import masks as noun
 from sparsity.dynamic import Dynamic
 from tests.guarantees.columns import SPARSITY, Column, Ours, column, kept
-from tests.guarantees.runs import STEPS, Batches, NotHere, afresh, last_line, python, right, same, start, task
+from tests.guarantees.killed import main as killed_run
+from tests.guarantees.runs import STEPS, Batches, Forked, NotHere, afresh, right, same, start, task
 from tests.nets import SaveEpochs
 
 
@@ -98,8 +100,8 @@ def dense_model(column: Column, folder: Path) -> None:
 
 
 def killed(column: Column, folder: Path) -> None:
-    done = python("-m", "tests.guarantees.killed", column.name, str(folder))
-    assert done.returncode == -signal.SIGKILL, last_line(done)
+    done = Forked(folder / "log", killed_run, column.name, folder)
+    assert done.status() == -signal.SIGKILL, done.last_line()
     last = max(folder.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
     step = int(last.stem.split("=")[1])
     fresh, again = afresh(column), task(seed=5)
@@ -126,11 +128,12 @@ def command_line(column: Column, folder: Path) -> None:
     if isinstance(column.method.sparsifier, Dynamic):
         method += ["--sparsity.drops=CosineDrop", "--sparsity.drops.every=1"]
     recipe = ["--config=recipes/digits_lamp.yaml", "--config=recipes/smoke.yaml"]
-    first = python("train.py", "fit", *recipe, *method, *quiet)
-    assert first.returncode == 0, last_line(first)
+    first = Forked(folder / "first.log", train.main, ["fit", *recipe, *method, *quiet])
+    assert first.status() == 0, first.last_line()
     [config] = (folder / "first").rglob("config.yaml")
-    again = python("train.py", "fit", f"--config={config}", f"--trainer.default_root_dir={folder / 'second'}")
-    assert again.returncode == 0, last_line(again)
+    place = f"--trainer.default_root_dir={folder / 'second'}"
+    again = Forked(folder / "second.log", train.main, ["fit", f"--config={config}", place])
+    assert again.status() == 0, again.last_line()
     found = [
         torch.load(next((folder / part).rglob("last.ckpt")), weights_only=True)["callbacks"]["Sparsify"]["sparsifier"]
         for part in ("first", "second")

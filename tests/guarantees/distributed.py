@@ -1,12 +1,9 @@
 """A run of two gloo processes, one column, DDP or FSDP2; each rank writes its sparsity and the hash of its masks.
 
 This project's methods also write a report, save a checkpoint and go on from it.
-
-python -m tests.guarantees.distributed LAMP fsdp2 folder
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +67,6 @@ def fit(method: Column, strategy: str, folder: Path, epochs: int, resume: Path |
 
 
 def main(name: str, strategy: str, folder: Path) -> None:
-    torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
     method = column(name)
     runner = fit(method, strategy, folder, epochs=3)
@@ -89,7 +85,3 @@ def main(name: str, strategy: str, folder: Path) -> None:
         assert method.method.step == 24, f"{method.method.step} steps"
         text += json.loads((folder / "report.json").read_text())["sparsity"]["achieved"].__format__(".4f")
     (folder / f"rank{runner.global_rank}").write_text(text)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

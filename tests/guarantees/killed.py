@@ -1,15 +1,10 @@
-"""A run that saves a checkpoint every two steps and is killed in the middle of writing the fifth.
-
-python -m tests.guarantees.killed LAMP folder
-"""
+"""A run that saves a checkpoint every two steps and is killed in the middle of writing the fifth."""
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from fsspec.implementations.local import LocalFileOpener  # type: ignore[import-untyped]  # has no types
 from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -32,10 +27,9 @@ def half(self: LocalFileOpener, data: bytes, *more: Any) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def main(name: str, folder: Path) -> None:
     LocalFileOpener.write = half  # the kill is the point
-    method, model = column(sys.argv[1]), task()
-    saver = ModelCheckpoint(Path(sys.argv[2]), "{step}", every_n_train_steps=2, save_top_k=-1)
+    method, model = column(name), task()
+    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
     runner, _ = start(method, model, saver, watch=False, enable_checkpointing=True)
     runner.fit(model, Batches())

@@ -1,9 +1,9 @@
 """What all situations share: a small task, its batches, a watch that checks every step, and how a run is started."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from tests.guarantees.columns import SPARSITY, Column, Named, column, kept
 from tests.nets import Batch, MakeOptimizer, trainer
 
 ROOT = Path(__file__).parents[2]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "tests.guarantees.distributed", "tests.guarantees.killed"])
 STEPS = 18  # three epochs of six batches
 
 
@@ -133,17 +135,39 @@ def same(one: Named, other: Named) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def python(*arguments: str, check: bool = False) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+class Forked:
+    """A process of its own for a function of a module, forked from one that has already imported everything."""
+
+    def __init__(self, log: Path, function: Callable[..., object], *arguments: object, **environment: str) -> None:
+        self.log = log
+        self.process = FORKS.Process(target=_child, args=(log, environment, function, *arguments))
+        self.process.start()
+
+    def status(self) -> int:
+        """The exit status, that of a killed process negative."""
+        self.process.join(300)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise RuntimeError(f"still running after 300 s: {self.last_line()}")
+        return self.process.exitcode
+
+    def last_line(self) -> str:
+        """The last line that it wrote."""
+        lines = self.log.read_text().strip().splitlines() if self.log.exists() else []
+        return lines[-1] if lines else f"status {self.process.exitcode}"
+
+
+def _child(log: Path, environment: dict[str, str], function: Callable[..., object], *arguments: object) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     for name in ("PL_GLOBAL_SEED", "MASTER_ADDR", "MASTER_PORT", "PYTEST_CURRENT_TEST"):
-        environment.pop(name, None)
-    command = [sys.executable, "-W", "ignore", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=check, timeout=300)
-
-
-def last_line(done: "subprocess.CompletedProcess[str]") -> str:
-    lines = done.stderr.strip().splitlines()
-    return lines[-1] if lines else f"status {done.returncode}"
+        os.environ.pop(name, None)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def afresh(column_: Column) -> Column:

@@ -1,6 +1,7 @@
 """Trainers: what they do besides training, and with several processes."""
 
 import copy
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from callbacks import Sparsify
+from tests.guarantees import distributed
 from tests.guarantees.columns import SPARSITY, Column
-from tests.guarantees.runs import Batches, Watch, last_line, python, right, same, sgd, start, task
+from tests.guarantees.runs import Batches, Forked, Watch, right, same, sgd, start, task
 from tests.nets import Batch, trainer
 
 
@@ -72,10 +74,21 @@ def lightning_pytorch(column: Column, folder: Path) -> None:
 
 def processes(strategy: str) -> Callable[[Column, Path], None]:
     def check(column: Column, folder: Path) -> None:
-        done = python("-m", "tests.guarantees.distributed", column.name, strategy, str(folder))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # As torchrun would start them.
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "0"}
+        ranks = [
+            Forked(folder / f"{rank}.log", distributed.main, column.name, strategy, folder,
+                   RANK=str(rank), LOCAL_RANK=str(rank), **common)
+            for rank in range(2)
+        ]  # fmt: skip
+        for rank in ranks:
+            rank.status()
         reports = [path.read_text() for path in sorted(folder.glob("rank*"))]
         if len(reports) != 2:
-            raise RuntimeError(last_line(done))
+            raise RuntimeError(next(rank.last_line() for rank in ranks if rank.status() != 0))
         assert reports[0] == reports[1], f"the ranks differ: {reports}"
         assert f"{SPARSITY} " in reports[0], f"sparsity and hash of the masks: {reports[0]}"
 
