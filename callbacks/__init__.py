@@ -5,12 +5,13 @@ The classes work in a `pytorch_lightning` and in a `lightning.pytorch` Trainer.
 
 from .dynamic import SET, GraNet, RigL, SparseMomentum
 from .gradual import GMP, LAMP, GlobalMP
-from .oneshot import OneShot
+from .learned import PGF, SRSTE, STE, GumbelNM
+from .oneshot import ASP, OneShot
 from .report import SparsityReport
 from .sparsify import Sparsify
 from .static import ConstantMask, StaticMask
 
 __all__ = [
-    "GMP", "LAMP", "SET", "ConstantMask", "GlobalMP", "GraNet", "OneShot", "RigL", "SparseMomentum", "Sparsify",
-    "SparsityReport", "StaticMask",
+    "ASP", "GMP", "LAMP", "PGF", "SET", "SRSTE", "STE", "ConstantMask", "GlobalMP", "GraNet", "GumbelNM", "OneShot",
+    "RigL", "SparseMomentum", "Sparsify", "SparsityReport", "StaticMask",
 ]  # fmt: skip

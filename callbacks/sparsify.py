@@ -42,7 +42,7 @@ class Sparsify(Callback):
         self._attached = False
         self._clock: Optimizer | None = None
         self._hooks: list[RemovableHandle] = []
-        self._seen: int | None = None
+        self._seen: list[int] = []
         self._achieved = self._target = 0.0
 
     @property
@@ -92,7 +92,10 @@ class Sparsify(Callback):
             self.step = 0
         # The optimizer's state was restored since the masks were attached.
         self.sparsifier.enforce()
-        self._seen = None
+        self._seen = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.sparsifier.relax()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Masks are renewed at the clock's steps; at another optimizer's the last of them has already been made.
@@ -103,9 +106,10 @@ class Sparsify(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        renewed = self._seen != self.sparsifier.renewed
+        self.sparsifier.settle()
+        renewed = self._seen != self._moment()
         if renewed:
-            self._seen, self._achieved = self.sparsifier.renewed, 1 - self.sparsifier.density()
+            self._seen, self._achieved = self._moment(), 1 - self.sparsifier.density()
             self._check_ranks(trainer, pl_module)
             self._warn_of_empty_layers()
         if trainer.barebones:
@@ -186,6 +190,10 @@ class Sparsify(Callback):
         ]
         self._attached = True
 
+    def _moment(self) -> list[int]:
+        """Tells one renewal from another: its planned step, and when it was noted in the history."""
+        return [self.sparsifier.renewed, *self.sparsifier.history.steps[-1:]]
+
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
@@ -197,7 +205,9 @@ class Sparsify(Callback):
             mine = torch.tensor(int(masks.fingerprint(self.sparsifier.masks)[:15], 16), device=pl_module.device)
             hashes = torch.as_tensor(pl_module.all_gather(mine)).flatten().tolist()
             if len(set(hashes)) > 1:
-                raise RuntimeError(f"the masks differ between ranks after the renewal at step {self._seen}: {hashes}")
+                raise RuntimeError(
+                    f"the masks differ between ranks after the renewal at step {self._seen[-1]}: {hashes}"
+                )
 
     def _warn_of_empty_layers(self) -> None:
         empty = [name for name, count in masks.counts(self.sparsifier.masks).items() if count == 0]

@@ -3,7 +3,8 @@
 import math
 import re
 from collections.abc import Mapping
-from itertools import accumulate, pairwise
+from functools import cache
+from itertools import accumulate, combinations, pairwise, product
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -14,6 +15,7 @@ from sparsity.masks import Masks
 from sparsity.ops import largest
 
 ROWS = 1 << 20  # weights ranked together inside their groups: what bounds the extra memory
+COMPARED = 16  # up to this many weights of a group are ranked by comparing all pairs
 
 
 def nm_mask(weight: Tensor, n: int, m: int) -> Tensor:
@@ -29,7 +31,8 @@ def nm_mask(weight: Tensor, n: int, m: int) -> Tensor:
 
 
 def parse(text: str | int) -> "Pattern":
-    """The pattern a recipe names: "unstructured", "channel", "2:4" (keep 2 of 4) or "4x4" (blocks).
+    """The pattern a recipe names: "unstructured", "row", "channel", "2:4" (keep 2 of 4), "2:4T" (transposable) or
+    "4x4" (blocks).
 
     Numbers are accepted only to explain them: YAML reads an unquoted 2:4 as 124.
     """
@@ -38,11 +41,28 @@ def parse(text: str | int) -> "Pattern":
         raise InputError(f"pattern must be text, got the number {text}: YAML reads an unquoted N:M so; write {quoted}")
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"(\d+):(\d+)T(-greedy)?", text):
+        return Transposable(int(match[1]), int(match[2]), exact=match[3] is None)
     if match := re.fullmatch(r"(\d+)x(\d+)", text):
         return Block(int(match[1]), int(match[2]))
-    if text in ("unstructured", "channel"):
-        return Unstructured() if text == "unstructured" else Channel()
-    raise InputError(f'unknown pattern {text!r}: expected "unstructured", "channel", "2:4" or "4x4"')
+    if text in PLAIN:
+        return PLAIN[text]()
+    raise InputError(f'unknown pattern {text!r}: expected "unstructured", "row", "channel", "2:4", "2:4T" or "4x4"')
+
+
+def to_groups(tensor: Tensor, m: int) -> Tensor:
+    """A tensor [out, in, ...] as groups of m along the input axis: [groups, m]."""
+    if tensor.ndim == 2:
+        return tensor.reshape(-1, m)
+    return rearrange(tensor.flatten(2), "out (group m) k -> (out group k) m", m=m)
+
+
+def from_groups(groups: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What `to_groups` made groups of, in its shape [out, in, ...]."""
+    if len(shape) == 2:
+        return groups.reshape(shape)
+    k = math.prod(shape[2:])
+    return rearrange(groups, "(out group k) m -> out (group m) k", out=shape[0], k=k).reshape(shape)
 
 
 class Pattern:
@@ -135,20 +155,85 @@ class NM(Pattern):
         return torch.cat([self._best(part) for part in parts])
 
     def _best(self, score: Tensor) -> Tensor:
-        groups = rearrange(score, "out (group m) ... -> out group ... m", m=self.m)
-        order = groups.argsort(dim=-1, descending=True, stable=True)
-        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., : self.n], True)
-        return rearrange(mask, "out group ... m -> out (group m) ...")
+        groups = rearrange(score, "out (group m) ... -> m out group ...", m=self.m)
+        return rearrange(_ranks(groups) < self.n, "m out group ... -> out (group m) ...")
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        if len(shape) < 2 or shape[1] % self.m:
+        width = shape[1] if len(shape) > 1 else 0
+        if width % self.m or not width:
             raise InputError(
                 f"pattern {self.name} groups {self.m} weights along the input axis, which {self.m} does not divide in "
-                f"'{name}' of shape {shape}: leave it out with targets.exclude=['{name}']"
+                f"'{name}' of shape {shape}: leave it out with targets.exclude=['{name}'], skip all such layers with "
+                f"targets.multiple={self.m}, or pad its inputs from {width} to {-(-max(width, 1) // self.m) * self.m}"
             )
 
     def least(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) * self.n // self.m
+
+
+class Transposable(NM):
+    """2:4 along both axes: in each tile of 4 x 4 exactly two weights of each row and two of each column.
+
+    So a matrix and its transpose are both 2:4, and the input gradient can be as sparse as the forward pass (Hubara et
+    al., "Accelerated sparse neural training", NeurIPS 2021, arXiv 2102.08124). There are 90 such tiles; `exact` takes
+    the one that keeps the highest sum of scores. Otherwise weights are taken from the highest down as long as row and
+    column have room, which keeps a little less; a tile that this leaves short of eight weights gets the best one.
+    """
+
+    def __init__(self, n: int = 2, m: int = 4, exact: bool = True) -> None:
+        if (n, m) != (2, 4):
+            raise InputError(f'transposable patterns are "2:4T" only, got "{n}:{m}T"')
+        super().__init__(n, m)
+        self.exact, self.name = exact, "2:4T" if exact else "2:4T-greedy"
+
+    def best(self, score: Tensor) -> Tensor:
+        """The mask of the best tiles."""
+        flat = score.reshape(*score.shape[:2], -1)
+        # -inf marks what is pruned already: as a large negative number it can be added up.
+        tiles = rearrange(flat, "(R r) (C c) k -> (R C k) (r c)", r=4, c=4).float().clamp_min(-1e30)
+        mask = torch.cat([self._chosen(part) for part in torch.split(tiles, ROWS // 128)])
+        size = {"R": score.shape[0] // 4, "C": score.shape[1] // 4, "r": 4}
+        return rearrange(mask, "(R C k) (r c) -> (R r) (C c) k", **size).reshape(score.shape)
+
+    def _chosen(self, tiles: Tensor) -> Tensor:
+        if self.exact:
+            return _best_tiles(tiles)
+        mask = _greedy_tiles(tiles)
+        short = mask.sum(1) < 8
+        mask[short] = _best_tiles(tiles[short])
+        return mask
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        super().check(name, shape)
+        if shape[0] % 4:
+            raise InputError(
+                f"pattern {self.name} tiles both axes by 4, which does not divide the {shape[0]} outputs of '{name}': "
+                f"leave it out with targets.exclude=['{name}']"
+            )
+
+
+class Row(Pattern):
+    """The same number of weights in each row (output), to the nearest; what is over goes to the highest left.
+
+    Wanda compares weights so (Sun et al., arXiv 2306.11695).
+    """
+
+    name = "row"
+
+    def __call__(self, score: Tensor, count: int) -> Tensor:
+        rows = score.flatten(1)
+        each, over = divmod(min(count, score.numel()), len(rows))
+        order = rows.argsort(dim=1, descending=True, stable=True)
+        mask = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order[:, :each], True)
+        if over:
+            next_ = order[:, each]
+            best = largest(rows.gather(1, next_[:, None]).squeeze(1), over)
+            mask[best, next_[best]] = True
+        return mask.view(score.shape)
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        if len(shape) < 2:
+            raise InputError(f"pattern row needs two axes or more, '{name}' has shape {shape}: leave it out")
 
 
 class Block(Pattern):
@@ -198,3 +283,45 @@ class Channel(Pattern):
 def _whole_units(count: int, size: int, units: int) -> int:
     """The count in whole units of `size` weights, to the nearest, and at least one."""
     return min(units, max(1, round(count / size)))
+
+
+def _ranks(groups: Tensor) -> Tensor:
+    """The rank of each score among those along axis 0, from 0 for the highest; among equals, the first is higher."""
+    if len(groups) > COMPARED:
+        return groups.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
+    # A comparison of each pair takes a fraction of the time of many sorts of few numbers.
+    ranks = torch.zeros(groups.shape, dtype=torch.int8, device=groups.device)
+    for first, second in combinations(range(len(groups)), 2):
+        loses = groups[second] > groups[first]
+        ranks[first] += loses
+        ranks[second] += ~loses
+    return ranks
+
+
+@cache
+def _tiles() -> Tensor:
+    """The 90 tiles of 4 x 4 with two ones in each row and each column, float ``[90, 16]``."""
+    pairs = [sum(1 << i for i in pair) for pair in combinations(range(4), 2)]
+    rows = torch.tensor([[[pair >> i & 1 for i in range(4)] for pair in tile] for tile in product(pairs, repeat=4)])
+    return rows[(rows.sum(1) == 2).all(1)].flatten(1).float()
+
+
+def _best_tiles(scores: Tensor) -> Tensor:
+    table = _tiles().to(scores)
+    return table[(scores @ table.T).argmax(1)].bool()
+
+
+def _greedy_tiles(scores: Tensor) -> Tensor:
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    rows, columns = scores.new_zeros(2, len(scores), 4).unbind(0)
+    every = torch.arange(len(scores), device=scores.device)
+    for place in scores.argsort(dim=1, descending=True, stable=True).unbind(1):
+        row, column = place // 4, place % 4
+        fits = (rows[every, row] < 2) & (columns[every, column] < 2)
+        mask[every, place] = fits
+        rows[every, row] += fits
+        columns[every, column] += fits
+    return mask
+
+
+PLAIN = {each.name: each for each in (Unstructured, Row, Channel)}

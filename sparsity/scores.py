@@ -154,7 +154,7 @@ class Scores(Mapping[str, Tensor]):
     """The scores of all targets, each computed when it is asked for, so that only one is in memory at a time.
 
     Weights that `masks` has already pruned score -inf: they come last, also behind a kept weight of exactly zero.
-    Raises `InputError` where a score is not finite.
+    Those of `turned` come with their first two axes exchanged. Raises `InputError` where a score is not finite.
     """
 
     def __init__(
@@ -164,12 +164,14 @@ class Scores(Mapping[str, Tensor]):
         masks: Mapping[str, Tensor],
         seed: str,
         optimizers: Sequence[Optimizer] = (),
+        turned: frozenset[str] = frozenset(),
     ) -> None:
         self._score, self._weights, self._masks, self._seed = score, weights, masks, seed
+        self._turned = turned
         self._optimizers = optimizers
         double = any(weight.dtype == torch.float64 for weight in weights.values())
         self._dtype = torch.float64 if double else torch.float32
-        self.shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        self.shapes = {name: tuple(self._face(name, weight).shape) for name, weight in weights.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._weights[name]
@@ -185,7 +187,10 @@ class Scores(Mapping[str, Tensor]):
                 f"'{name}' cannot be ranked: {what} NaN or infinite. "
                 "The masks are unchanged; go back to the last good checkpoint and lower the learning rate"
             )
-        return score.masked_fill_(~self._masks[name], -torch.inf)
+        return self._face(name, score.masked_fill_(~self._masks[name], -torch.inf))
+
+    def _face(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, 1) if name in self._turned else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

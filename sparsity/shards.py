@@ -20,14 +20,21 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]  # a DTensor
 
 
-def local_mask(mask: Tensor, weight: Tensor) -> Tensor:
-    """The part of a whole mask that belongs to the part of the weight that this process holds."""
+def like(part: Tensor, weight: Tensor) -> Tensor:
+    """A tensor spread as the weight is, of which this process holds this part."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(part, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride())  # type: ignore[attr-defined]  # a DTensor
+
+
+def local_part(whole: Tensor, weight: Tensor) -> Tensor:
+    """The part of a whole tensor, such as a mask, that belongs to the part of the weight that this process holds."""
     if not is_spread(weight):
-        return mask
+        return whole
     from torch.distributed.tensor import distribute_tensor  # costs time to import, and few need it
 
-    # Without a source rank each process takes its part of its own mask, and nothing is sent.
-    return distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()  # type: ignore[attr-defined]  # a DTensor
+    # Without a source rank each process takes its part of its own, and nothing is sent.
+    return distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None).to_local()  # type: ignore[attr-defined]  # a DTensor
 
 
 def is_spread(tensor: Tensor) -> bool:

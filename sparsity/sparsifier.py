@@ -4,7 +4,7 @@ from bisect import bisect_right
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
@@ -16,7 +16,7 @@ from sparsity.masks import Masks
 from sparsity.ops import all_finite
 from sparsity.schedules import Constant, Horizon, Plan, Schedule
 from sparsity.scores import Magnitude, Score, Scores
-from sparsity.targets import Targets
+from sparsity.targets import Targets, is_transposed
 from sparsity.upkeep import Upkeep
 
 
@@ -62,6 +62,7 @@ class Sparsifier:
         self.renewed = -1  # the planned step of the last renewal
         self.history = History()
         self._owners: dict[str, tuple[nn.Module, str]] = {}
+        self._turned: frozenset[str] = frozenset()  # those whose first axis is the input's
         self._upkeep = Upkeep()
         self._plan: Plan = {}
         self._steps: list[int] = []
@@ -77,9 +78,10 @@ class Sparsifier:
         """
         shards.refuse_flattened(model)
         weights = self.targets.select(model)
-        for name, weight in weights.items():
-            self.pattern.check(name, tuple(weight.shape))
         self._owners = {name: _owner(model, weight) for name, weight in weights.items()}
+        self._turned = frozenset(name for name, (module, _) in self._owners.items() if is_transposed(module))
+        for name, weight in weights.items():
+            self.pattern.check(name, tuple(self.facing(name, weight).shape))
         self._upkeep = Upkeep(*optimizers, keeps_state=self.keeps_state)
         self._plan = self.plan(horizon or Horizon())
         self._steps = sorted(self._plan)
@@ -118,6 +120,12 @@ class Sparsifier:
         """
         self._upkeep.after_step(self.weights(), self.masks)
 
+    def relax(self) -> None:
+        """Before the forward pass of training. Methods that train through more than the masks keep show it here."""
+
+    def settle(self) -> None:
+        """After a batch, also one whose step was skipped: methods that showed more than the masks keep end it here."""
+
     def enforce(self) -> None:
         """At any time, whoever wrote to the weights: pruned weights and their optimizer state become exactly zero."""
         self._upkeep.enforce(self.weights(), self.masks)
@@ -149,6 +157,15 @@ class Sparsifier:
         """The target parameters by name, as the model holds them now."""
         return {name: getattr(module, leaf) for name, (module, leaf) in self._owners.items()}
 
+    def scores(self, score: Score, among: Masks, draw: str) -> Scores:
+        """A score of all targets, outputs before inputs; `draw` names the random numbers."""
+        weights, optimizers = self.weights(), self._upkeep.optimizers
+        return Scores(score, weights, among, f"{self.seed}/{draw}", optimizers, self._turned)
+
+    def facing(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of a target's shape with outputs on axis 0 and inputs on axis 1; again, it is as it was."""
+        return tensor.transpose(0, 1) if name in self._turned else tensor
+
     def plan(self, horizon: Horizon) -> Plan:
         """The sparsity from each step of renewal on."""
         return self.schedule.plan(self.sparsity, horizon)
@@ -161,8 +178,9 @@ class Sparsifier:
         """The masks of a renewal that keeps this density; the present ones where they are already that sparse."""
         if round(density * self._size()) >= sum(masks.counts(self.masks).values()):
             return self.masks
-        scores = Scores(self.score, self.weights(), self.masks, f"{self.seed}/{step}", self._upkeep.optimizers)
-        return self.pattern.masks(scores, self._counts(scores, density, masks.counts(self.masks)))
+        scores = self.scores(self.score, self.masks, str(step))
+        found = self.pattern.masks(scores, self._counts(scores, density, masks.counts(self.masks)))
+        return {name: self.facing(name, mask).contiguous() for name, mask in found.items()}
 
     def renew(self, found: Masks, step: int) -> None:
         """Takes over the masks of the renewal planned for a step, and zeroes what they prune."""
@@ -174,7 +192,7 @@ class Sparsifier:
         """Raises `InputError` if the final sparsity cannot be met by the distribution and the pattern."""
         if self.sparsity > 0:
             whole = masks.full(self.weights())
-            scores = Scores(self.score, self.weights(), whole, seed="check")
+            scores = self.scores(self.score, whole, "check")
             self._counts(scores, 1 - self.sparsity, masks.counts(whole))
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,8 +233,7 @@ class Sparsifier:
 
     def _counts(self, scores: Scores, density: float, most: dict[str, int]) -> dict[str, int]:
         """How many weights each layer keeps: the distribution's word, within what the pattern and `most` allow."""
-        shapes = {name: tuple(weight.shape) for name, weight in self.weights().items()}
-        return self.pattern.fit(self.distribution(scores, density), shapes, most)
+        return self.pattern.fit(self.distribution(scores, density), scores.shapes, most)
 
     def _size(self) -> int:
         return sum(weight.numel() for weight in self.weights().values())

@@ -15,6 +15,9 @@ PRUNABLE = (
     "Conv1D", "MultiheadAttention", "RNNBase", "RNNCellBase",
 )  # fmt: skip
 
+# Of these the first axis is the input's.
+TRANSPOSED = ("Conv1D", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+
 
 class Targets:
     """Selects parameters by name and by the type of the module that owns them.
@@ -30,8 +33,15 @@ class Targets:
     """
 
     def __init__(
-        self, include: list[str] | None = None, exclude: list[str] | None = None, types: list[str] | None = None
+        self,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        types: list[str] | None = None,
+        multiple: int = 1,
     ) -> None:
+        if multiple < 1:
+            raise InputError(f"multiple must be at least 1, got {multiple}")
+        self.multiple = multiple
         self.include = ["*"] if include is None else list(include)
         self.exclude = [] if exclude is None else list(exclude)
         self.types = list(PRUNABLE) if types is None else list(types)
@@ -54,13 +64,19 @@ class Targets:
 
     def _takes(self, group: "list[tuple[str, nn.Module, Parameter]]") -> bool:
         names = [name for name, _, _ in group]
-        if any(_matches(name, self.exclude) for name in names):
+        if any(_matches(name, self.exclude) for name in names) or not self._divides(group[0]):
             return False
         if any(name in self.include for name in names):
             return True
         return any(_matches(name, self.include) for name in names) and all(
             _is_matrix(name, weight) and self._has_type(module) for name, module, weight in group
         )
+
+    def _divides(self, member: "tuple[str, nn.Module, Parameter]") -> bool:
+        _, module, weight = member
+        if self.multiple == 1 or isinstance(weight, UninitializedParameter) or weight.ndim < 2:
+            return True
+        return weight.shape[0 if is_transposed(module) else 1] % self.multiple == 0
 
     def _has_type(self, module: nn.Module) -> bool:
         return any(base.__name__ in self.types for base in type(module).__mro__)
@@ -70,6 +86,11 @@ class Targets:
             if not any(fnmatchcase(name, glob) for name in names):
                 near = difflib.get_close_matches(glob, names, n=3, cutoff=0.0)
                 raise InputError(f"'{glob}' matches no parameter of the model; the nearest names are {near}")
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the first axis of the module's weight is the input's: `transformers`' Conv1D, transposed convolutions."""
+    return any(base.__name__ in TRANSPOSED for base in type(module).__mro__)
 
 
 def clean(name: str) -> str:

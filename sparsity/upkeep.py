@@ -80,7 +80,7 @@ class Upkeep:
         return {"optimizers": self.optimizers, "keeps_state": self.keeps_state, "_zero": {}, "_masked": {}}
 
     def _keep(self, tensor: Tensor, mask: Tensor) -> None:
-        keep_(shards.local(tensor), shards.local_mask(mask, tensor))
+        keep_(shards.local(tensor), shards.local_part(mask, tensor))
 
     def _states(self, weight: Parameter) -> Iterator[Tensor]:
         """The state that is zero where the weight is pruned."""

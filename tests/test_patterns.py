@@ -340,7 +340,9 @@ def test_parse_explains_an_unquoted_pattern(number: int | str, quoted: str) -> N
 
 @pytest.mark.parametrize("text", ["", "nm", "2-4", "2:4:8", "Channel", "4x", ":", "-2:4", "2.0:4"])
 def test_parse_refuses_unknown_patterns(text: str) -> None:
-    message = rf'unknown pattern {re.escape(repr(text))}: expected "unstructured", "channel", "2:4" or "4x4"$'
+    message = (
+        rf'unknown pattern {re.escape(repr(text))}: expected "unstructured", "row", "channel", "2:4", "2:4T" or "4x4"$'
+    )
     with pytest.raises(ValueError, match=message):
         parse(text)
 

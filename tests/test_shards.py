@@ -52,7 +52,7 @@ def test_a_sharded_model_gets_the_masks_of_the_whole_one(mesh: Any) -> None:
 def test_plain_tensors_are_whole_and_local() -> None:
     tensor, mask = torch.ones(3), torch.tensor([True, False, True])
     assert shards.whole(tensor) is shards.local(tensor) is tensor
-    assert shards.local_mask(mask, tensor) is mask
+    assert shards.local_part(mask, tensor) is mask
     assert shards.all_agree(True, [nn.Parameter(tensor)])
     assert not shards.all_agree(False, [nn.Parameter(tensor)])
 

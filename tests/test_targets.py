@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -34,7 +36,7 @@ MATRICES = ["patch.weight", "attention.in_proj_weight", "attention.out_proj.weig
             "mlp.0.weight", "mlp.2.weight", "head.weight"]  # fmt: skip
 
 
-def names(model: nn.Module, **settings: list[str]) -> list[str]:
+def names(model: nn.Module, **settings: Any) -> list[str]:
     return list(Targets(**settings).select(model))
 
 

@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 import train
 from sparsity import masks as noun
 from sparsity.dynamic import Dynamic
+from sparsity.learned import Learned
 from tests.guarantees.columns import SPARSITY, Column, Ours, column, kept
 from tests.guarantees.killed import main as killed_run
 from tests.guarantees.runs import STEPS, Batches, Forked, NotHere, afresh, right, same, start, task
@@ -125,6 +126,8 @@ def command_line(column: Column, folder: Path) -> None:
             f"--sparsity.file={folder / 'masks.safetensors'}",
         ]
     quiet = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={folder / 'first'}"]
+    if isinstance(column.method.sparsifier, Learned):
+        method = [f"--sparsity={column.name}", "--sparsity.pattern=1:4"]
     if isinstance(column.method.sparsifier, Dynamic):
         method += ["--sparsity.drops=CosineDrop", "--sparsity.drops.every=1"]
     recipe = ["--config=recipes/digits_lamp.yaml", "--config=recipes/smoke.yaml"]

@@ -13,10 +13,13 @@ from torch.nn.utils import parametrize, prune
 from callbacks import (
     GMP,
     LAMP,
+    PGF,
     SET,
+    SRSTE,
     ConstantMask,
     GlobalMP,
     GraNet,
+    GumbelNM,
     OneShot,
     RigL,
     SparseMomentum,
@@ -196,6 +199,9 @@ OURS: dict[str, Callable[[], Sparsify]] = {
     "SET": lambda: SET(SPARSITY, often()),
     "RigL": lambda: RigL(SPARSITY, often()),
     "GraNet": lambda: GraNet(SPARSITY, drops=often()),
+    "GumbelNM": lambda: GumbelNM("1:4"),
+    "SRSTE": lambda: SRSTE("1:4"),
+    "PGF": lambda: PGF("1:4"),
 }
 PEERS: dict[str, Callable[[], Column]] = {
     "ModelPruning": LightningPruning, "torch.nn.utils.prune": TorchPrune, "torch.ao.pruning": AoPruning,

@@ -1,0 +1,92 @@
+"""Sampled N:M masks: a Gumbel-softmax over the masks that a group of weights can have."""
+
+import math
+from collections.abc import Iterator
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK = 1 << 18  # logits worked on together: what bounds the extra memory
+
+
+@cache
+def candidates(n: int, m: int) -> Tensor:
+    """All masks of m weights that keep n, float32 ``[C(m, n), m]``, in lexical order of what they keep."""
+    kept = torch.tensor(list(combinations(range(m), n)))
+    return torch.zeros(math.comb(m, n), m).scatter_(1, kept, 1.0)
+
+
+def gumbel_nm_mask(logits: Tensor, n: int, m: int, scale: float, temperature: float, seed: int) -> Tensor:
+    """Soft N:M masks ``[groups, m]`` by logits ``[C(m, n), groups]`` of the candidates: values in [0, 1], n in sum.
+
+        y = softmax((scale * logits + gumbel) / temperature)        mask = sum of candidates, weighted by y
+
+    MaskLLM, Fang et al. (arXiv 2409.17481, equations 4 to 6). The noise is Gumbel's and a function of `seed` and of
+    the place alone, so it is not stored: the backward pass, which gives the gradient of the logits, draws it again.
+    Candidates are on axis 0, where a softmax over few of them is one pass over contiguous numbers, and everything
+    happens in chunks that stay in the cache: some three times as fast on a CPU as `gumbel_softmax(logits) @ table`, and
+    with no memory but the result.
+
+    Raises `ValueError` for logits that are not float32 or float64 of that shape, or a temperature that is not positive.
+    """
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"logits must be float32 or float64, as their updates are small, got {logits.dtype}")
+    if logits.ndim != 2 or len(logits) != math.comb(m, n):
+        raise ValueError(f"expected logits [{math.comb(m, n)}, groups] for {n}:{m}, got {list(logits.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"the temperature must be above 0, got {temperature}")
+    mask: Tensor = _Sample.apply(logits, n, m, scale, temperature, seed)  # type: ignore[no-untyped-call]  # torch's
+    return mask
+
+
+def best_nm_mask(logits: Tensor, n: int, m: int) -> Tensor:
+    """The most likely N:M masks, bool ``[groups, m]``; among equals, the first candidate."""
+    return candidates(n, m).to(logits.device).bool()[logits.argmax(0)]
+
+
+def gumbel_nm_gradient(
+    logits: Tensor, gradient: Tensor, n: int, m: int, scale: float, temperature: float, seed: int
+) -> Tensor:
+    """The gradient of the logits, of their shape, from that of the mask `gumbel_nm_mask` gave for the same settings."""
+    table, result = candidates(n, m).to(logits), torch.empty_like(logits)
+    for start, y in _soft(logits, scale, temperature, seed):
+        inner = table @ gradient[start : start + y.shape[1]].T
+        inner -= (y * inner).sum(0)
+        torch.mul(inner.mul_(scale / temperature), y, out=result[:, start : start + y.shape[1]])
+    return result
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, n: int, m: int, scale: float, temperature: float, seed: int) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.settings = (n, m, scale, temperature, seed)
+        table, mask = candidates(n, m).to(logits), logits.new_empty(logits.shape[1], m)
+        for start, y in _soft(logits, scale, temperature, seed):
+            torch.mm(y.T, table, out=mask[start : start + y.shape[1]])
+        return mask
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (logits,) = ctx.saved_tensors
+        n, m, scale, temperature, seed = ctx.settings
+        return gumbel_nm_gradient(logits, gradient, n, m, scale, temperature, seed), None, None, None, None, None
+
+
+def _soft(logits: Tensor, scale: float, temperature: float, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """Chunk by chunk: where it starts, and the weights of the candidates ``[candidates, chunk]``."""
+    generator = torch.Generator(logits.device)
+    size = max(1, CHUNK // len(logits))
+    for number, start in enumerate(range(0, logits.shape[1], size)):
+        part = logits[:, start : start + size]
+        generator.manual_seed(seed * 1_000_003 + number & (1 << 63) - 1)
+        noise = torch.empty(part.shape, dtype=part.dtype, device=part.device).uniform_(generator=generator)
+        # The log of an exponential variable; Gumbel's is its negative. A uniform 0 gives -inf: never chosen.
+        noise.log_().neg_().log_()
+        y = torch.sub(part * scale, noise).div_(temperature)
+        yield start, torch.softmax(y, 0)
