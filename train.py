@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from callbacks import Sparsify, SparsityReport
-from sparsity import InputError, checkpoints, data, models
+from sparsity import InputError, checkpoints, data, masks, models
 
 # Imported, a module makes its classes known to recipes by their short names.
 CATALOGUE = (data, models)
@@ -80,17 +81,29 @@ class SparseTrainer(Trainer):
     def oneshot(
         self, model: LightningModule, datamodule: LightningDataModule | None = None, ckpt_path: str | None = None
     ) -> None:
-        """Prunes a checkpoint at once, validates it, and saves it as `oneshot.ckpt` beside the report."""
+        """Prunes a checkpoint at once, validates it, and saves it and its masks beside the report.
+
+        Methods that need data get training batches.
+        """
         method = next((each for each in self.callbacks if isinstance(each, Sparsify)), None)  # type: ignore[attr-defined]  # set by a connector
         if method is None or ckpt_path is None:
             raise InputError("oneshot needs a method (the recipe's `sparsity:`) and a checkpoint (--ckpt_path)")
         checkpoints.load_weights(model, ckpt_path)
-        method.prune(model)
+        method.prune(model, (lambda: _batches(datamodule)) if datamodule else None)
         self.strategy.connect(model)
         path = Path(self.log_dir or self.default_root_dir) / "oneshot.ckpt"
         self.save_checkpoint(path, weights_only=False)
-        print(f"pruned checkpoint: {path}")
+        masks.save(method.sparsifier.masks, path.with_name("masks.safetensors"))
+        print(f"pruned checkpoint: {path} (masks: {path.with_name('masks.safetensors')})")
         self.validate(model, datamodule=datamodule, verbose=False)
+
+
+def _batches(datamodule: LightningDataModule) -> Iterator[Any]:
+    """The training batches, as a model gets them."""
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    for batch in datamodule.train_dataloader():
+        yield datamodule.on_after_batch_transfer(batch, 0)
 
 
 class SparsityCLI(LightningCLI):
@@ -105,6 +118,10 @@ class SparsityCLI(LightningCLI):
         parser.add_lightning_class_args(Sparsify, "sparsity", subclass_mode=True, required=False)
         parser.add_lightning_class_args(SparsityReport, "report")
         parser.add_argument(
+            "--weights", type=str | None, default=None,
+            help="a checkpoint whose weights training starts from, with a fresh optimizer and a fresh method",
+        )  # fmt: skip
+        parser.add_argument(
             "--resumes_any", type=bool, default=False,
             help="resume from a checkpoint of another method or another sparsity, which is refused otherwise",
         )  # fmt: skip
@@ -118,6 +135,11 @@ class SparsityCLI(LightningCLI):
             checkpoints.read(settings["ckpt_path"])
         if settings.get("config"):
             settings["report"]["recipe"] = settings["report"]["recipe"] or Path(str(settings["config"][0])).stem
+
+    def before_fit(self) -> None:
+        """Loads the weights to start from."""
+        if weights := self._get(self.config_init, "weights"):
+            checkpoints.load_weights(self.model, weights)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         keys = self._parser(self.subcommand).callback_keys

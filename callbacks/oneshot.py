@@ -1,7 +1,15 @@
 """One-shot pruning: once, and then training goes on."""
 
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+
+from sparsity.calibration import Calibration
 from sparsity.distributions import Distribution, Uniform
 from sparsity.errors import InputError
+from sparsity.oneshot import OneShotSparsifier
 from sparsity.patterns import NM, parse
 from sparsity.schedules import Constant, Once, Time
 from sparsity.scores import Magnitude, Score
@@ -10,16 +18,22 @@ from sparsity.targets import Targets
 
 from .sparsify import Sparsify
 
+Batches = Callable[[], Iterable[Any]]
+
 
 class OneShot(Sparsify):
     """Prunes once, before the first step if not told otherwise, and keeps the masks.
 
+    With `Wanda()`, `SparseGPT()`, `OWL()` or a `Calibration`, a trained network is pruned block by block by what its
+    layers are given on some batches of the training data: `python train.py oneshot`, or at the start of a `fit`.
+
     Args:
         sparsity: fraction of zeros over all targets, in [0, 1).
-        at: when: optimizer steps (100), a fraction of training (0.5) or epochs ("5ep").
+        at: when: optimizer steps (100), a fraction of training (0.5) or epochs ("5ep"); 0 where data is needed.
         score: how much each weight matters; `Magnitude()` if not given.
-        distribution: how many weights each layer keeps; `Global()` if not given.
-        pattern: "unstructured", "2:4" (quoted), "4x4" or "channel".
+        distribution: how many weights each layer keeps; `Global()` if not given, `Uniform()` for Wanda and SparseGPT.
+        pattern: "unstructured", "row", "2:4" (quoted), "4x4" or "channel"; if not given, what the score compares.
+        calibration: how many batches, and whether to permute channels and to recompute batch norms.
         targets: which parameters; all Linear and convolution weights if not given.
     """
 
@@ -29,10 +43,38 @@ class OneShot(Sparsify):
         at: Time = 0,
         score: Score | None = None,
         distribution: Distribution | None = None,
-        pattern: str | int = "unstructured",
+        pattern: str | int | None = None,
+        calibration: Calibration | None = None,
         targets: Targets | None = None,
     ) -> None:
-        super().__init__(Sparsifier(sparsity, score, distribution, pattern, Once(at), targets))
+        with_data = OneShotSparsifier(sparsity, score, distribution, pattern, calibration, targets)
+        if not with_data.needs_data() and calibration is None:
+            super().__init__(Sparsifier(sparsity, score, distribution, with_data.pattern.name, Once(at), targets))
+            return
+        if at != 0:
+            raise InputError(f"at={at!r}: pruning by data is done before training (at=0), of a trained network")
+        super().__init__(with_data)
+
+    def prune(self, pl_module: LightningModule, batches: Batches | None = None) -> None:
+        """Prunes the model to the full sparsity at once, outside of any training, by these batches."""
+        if isinstance(self.sparsifier, OneShotSparsifier):
+            self.sparsifier.batches = batches
+        super().prune(pl_module)
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(self.sparsifier, OneShotSparsifier):
+            self.sparsifier.batches = lambda: _training_batches(trainer)
+        # Looking at data must not change what training draws.
+        with torch.random.fork_rng():
+            super()._attach(trainer, pl_module)
+
+
+def _training_batches(trainer: Trainer) -> Iterator[Any]:
+    """The training batches, on the device, as a training step gets them."""
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    for batch in trainer.train_dataloader or ():
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 class ASP(Sparsify):

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -171,8 +171,8 @@ class Sparsify(Callback):
         self.step = state_dict["step"]
         self._attached = False
 
-    def prune(self, pl_module: LightningModule) -> None:
-        """Prunes the model to the full sparsity at once, outside of any training."""
+    def prune(self, pl_module: LightningModule, batches: Callable[[], Iterable[Any]] | None = None) -> None:
+        """Prunes the model to the full sparsity at once, outside of any training; by `batches` where data is needed."""
         if self.sparsifier.score.needs_gradient or self.sparsifier.needs_training:
             raise InputError(
                 f"{type(self).__name__} finds its masks while it trains, so it cannot prune without training: "

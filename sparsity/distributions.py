@@ -1,16 +1,18 @@
 """Distributions: how many weights each layer keeps. `(scores, density) -> {name: count}`, summing to the budget.
 
-Uniform, Uniform+, ER and ERK look only at shapes, LayerAdaptive and Global also at values; all have the one signature.
+Uniform, Uniform+, ER and ERK look only at shapes, the others also at values; all have the one signature.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor
 
 from sparsity.errors import InputError
 from sparsity.ops import adaptive_counts, kth_largest
+from sparsity.targets import block
 
 Shapes = Mapping[str, tuple[int, ...]]
 Counts = dict[str, int]
@@ -85,6 +87,8 @@ def _proportional(parts: Mapping[str, int], shapes: Shapes, density: float) -> C
 
 class Distribution:
     """How many weights each layer keeps. Methods override `__call__`."""
+
+    needs_inputs = False  # whether scores should be magnitudes times the norms of inputs, where there is data
 
     def __call__(self, scores: Mapping[str, Tensor], density: float) -> Counts:
         """The kept count per layer, summing exactly to `budget`; raises `InputError` where it cannot be met."""
@@ -167,6 +171,49 @@ class LayerAdaptive(Distribution):
         if kept == 0:
             raise InputError(_infeasible(density, "it keeps none", 1, sum(_sizes(shapes).values())))
         return dict(zip(scores, adaptive_counts(_Some(scores, list(scores)), kept), strict=True))
+
+
+class OWL(Distribution):
+    """Outlier weighed layerwise sparsity, Yin et al. (ICML 2024, arXiv 2310.05175): more for blocks with many outliers.
+
+    An outlier scores more than `threshold` times the mean of its block, which is a transformer block or, outside of
+    those, a layer. The densities of the blocks follow the share of outliers, over a range of twice `spread`, and are
+    moved together until the budget is met: by the weights of each block, where the authors' mean takes all blocks for
+    equally large. Takes Wanda's scores where there is calibration data, and those of the method otherwise.
+
+    Args:
+        threshold: an outlier's score over the mean of its block; the authors' M, 5.
+        spread: half the range of densities; the authors' lambda, 0.08.
+    """
+
+    needs_inputs = True
+
+    def __init__(self, threshold: float = 5.0, spread: float = 0.08) -> None:
+        if threshold <= 0 or not 0 <= spread < 0.5:
+            raise InputError(f"expected {threshold=} above 0 and {spread=} in [0, 0.5)")
+        self.threshold, self.spread = threshold, spread
+
+    def __call__(self, scores: Mapping[str, Tensor], density: float) -> Counts:
+        shapes = _shapes(scores)
+        sizes, kept = _sizes(shapes), budget(shapes, density)
+        outliers = self._outliers(scores, sizes)
+        low, high = min(outliers.values()), max(outliers.values())
+        range_ = 2 * self.spread / (high - low) if high > low else 0.0
+        share = {name: range_ * (outliers[block(name)] - low) for name in sizes}
+        return _whole(_moved(share, sizes, kept), shapes, density)
+
+    def _outliers(self, scores: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, float]:
+        """The share of outliers of each block. Scores are asked for twice, and one layer's are held at a time."""
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for name in sizes:
+            sums[block(name)] = sums.get(block(name), 0.0) + float(scores[name].sum(dtype=torch.float64))
+            counts[block(name)] = counts.get(block(name), 0) + sizes[name]
+        above = dict.fromkeys(sums, 0)
+        for name in sizes:
+            mean = sums[block(name)] / counts[block(name)]
+            above[block(name)] += int((scores[name] > self.threshold * mean).count_nonzero())
+        return {name: above[name] / counts[name] for name in above}
 
 
 class PerLayer(Distribution):
@@ -254,6 +301,19 @@ def _rounded(share: Mapping[str, float], sizes: Mapping[str, int], kept: int) ->
         for name in able[: abs(missing)]:
             counts[name] += step
     return counts
+
+
+def _moved(share: Mapping[str, float], sizes: Mapping[str, int], kept: int) -> dict[str, float]:
+    """How many weights each layer keeps at its share and a common number more, within 1 % and 100 %, in sum `kept`."""
+
+    def counts(more: float) -> dict[str, float]:
+        return {name: sizes[name] * min(1.0, max(0.01, share[name] + more)) for name in sizes}
+
+    low, high = -1.0, 1.0
+    for _ in range(60):  # halvings, until floats end
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(counts(middle).values()) < kept else (low, middle)
+    return counts(high)
 
 
 def _shapes(scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -66,7 +66,8 @@ class Sparsifier:
         self._upkeep = Upkeep()
         self._plan: Plan = {}
         self._steps: list[int] = []
-        self._model: nn.Module | None = None
+        self.model: nn.Module | None = None  # the one whose targets `weights` are
+        self._model: nn.Module | None = None  # the one whose masks these are
         self._loaded = False
 
     def attach(self, model: nn.Module, *optimizers: Optimizer, horizon: Horizon | None = None, seed: int = 0) -> None:
@@ -77,6 +78,7 @@ class Sparsifier:
         model, are kept. Raises `InputError` for everything that could not be met later, before any training.
         """
         shards.refuse_flattened(model)
+        self.model = model
         weights = self.targets.select(model)
         self._owners = {name: _owner(model, weight) for name, weight in weights.items()}
         self._turned = frozenset(name for name, (module, _) in self._owners.items() if is_transposed(module))
@@ -100,7 +102,7 @@ class Sparsifier:
 
     def detach(self) -> None:
         """Forgets the model, its optimizers and the masks."""
-        self._model, self._owners, self._upkeep = None, {}, Upkeep()
+        self.model, self._model, self._owners, self._upkeep = None, None, {}, Upkeep()
         self.masks, self.renewed, self.history = {}, -1, History()
 
     def update(self, step: int) -> None:

@@ -1,6 +1,7 @@
 """Targets: which parameters of a model may be pruned."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -91,6 +92,12 @@ class Targets:
 def is_transposed(module: nn.Module) -> bool:
     """Whether the first axis of the module's weight is the input's: `transformers`' Conv1D, transposed convolutions."""
     return any(base.__name__ in TRANSPOSED for base in type(module).__mro__)
+
+
+def block(name: str) -> str:
+    """What a parameter belongs to: its name up to the first number ("net.blocks.0"), or its layer's."""
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return match[1] if match else name.rpartition(".")[0]
 
 
 def clean(name: str) -> str:

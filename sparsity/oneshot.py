@@ -1,0 +1,260 @@
+"""One-shot pruning of a trained network by what its layers are given: Wanda, SparseGPT."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from sparsity import masks, shards
+from sparsity.calibration import Calibration, Inputs, Run, collect, evaluating, recompute_norms, run, stages
+from sparsity.distributions import Distribution, Uniform
+from sparsity.errors import InputError
+from sparsity.masks import Masks
+from sparsity.ops import largest
+from sparsity.patterns import NM, Pattern, Unstructured
+from sparsity.permutation import permute_mlps
+from sparsity.schedules import Constant
+from sparsity.scores import Magnitude, Score, Scores, magnitude
+from sparsity.sparsifier import Sparsifier
+from sparsity.targets import Targets
+
+
+class Calibrated(Score):
+    """A score by the weights of a layer and by its inputs. Methods override `prune`, or only `__call__`."""
+
+    needs_inputs = True
+    products = False  # whether all products of two inputs are needed, or only the squares
+    pattern = "unstructured"  # what the method compares if nothing else is asked for
+
+    def prune(self, weight: Tensor, inputs: Inputs, pattern: Pattern, count: int) -> tuple[Tensor, Tensor]:
+        """The mask that keeps `count` weights of [out, in, ...], and the weights that replace them, in that shape."""
+        signal = _as_weight(inputs.norms().repeat_interleave(len(weight) // len(inputs.norms()), 0), weight)
+        score = self(weight, signal, torch.Generator())
+        return pattern(score, count), weight
+
+
+class Wanda(Calibrated):
+    """|w| times the norm of its input, compared inside each output: Sun et al., "A simple and effective pruning
+    approach for large language models" (ICLR 2024, arXiv 2306.11695, equation 1). The weights stay as they are."""
+
+    pattern = "row"
+
+    def __call__(self, weight: Tensor, signal: Tensor | None, generator: torch.Generator) -> Tensor:
+        if signal is None:
+            raise InputError("Wanda scores by a layer's inputs: prune with data (OneShot in a Trainer, or `oneshot`)")
+        return magnitude(weight.detach()) * signal
+
+
+class SparseGPT(Calibrated):
+    """w^2 over the squared diagonal of the Cholesky factor of the inverse Hessian, and the rest made up for.
+
+    SparseGPT, Frantar & Alistarh (ICML 2023, arXiv 2301.00774, algorithm 1), by columns and in blocks of them: what is
+    pruned in a column is compensated by the columns to its right. H is the sum of products of two inputs, its diagonal
+    raised by a part of its mean; where that is not enough for a Cholesky factor, ten times as much, and so on, until
+    it is. Inputs that are always zero have their weights pruned. Unlike the authors' code the number of kept weights
+    is exact: a block keeps its share of the layer's.
+
+    Args:
+        update: whether the kept weights make up for the pruned ones.
+        damping: what is added to the diagonal of H, as a part of its mean.
+        block: columns per block.
+    """
+
+    products = True
+
+    def __init__(self, update: bool = True, damping: float = 0.01, block: int = 128) -> None:
+        if damping <= 0 or block < 1:
+            raise InputError(f"expected {damping=} above 0 and {block=} of at least 1")
+        self.update, self.damping, self.block = update, damping, block
+
+    def __call__(self, weight: Tensor, signal: Tensor | None, generator: torch.Generator) -> Tensor:
+        raise InputError("SparseGPT prunes by a layer's inputs: prune with data (OneShot in a Trainer, or `oneshot`)")
+
+    def prune(self, weight: Tensor, inputs: Inputs, pattern: Pattern, count: int) -> tuple[Tensor, Tensor]:
+        if type(pattern) not in (Unstructured, NM):
+            raise InputError(f'SparseGPT prunes "unstructured" or "N:M", got "{pattern.name}"')
+        assert inputs.sums is not None
+        matrix = _matrix(weight.detach()).float()
+        parts = matrix.chunk(len(inputs.sums))
+        ends = [round(count * (number + 1) / len(parts)) for number in range(len(parts))]
+        pruned = [
+            self._solve(part, products, pattern, end - start)
+            for part, products, start, end in zip(parts, inputs.sums, [0, *ends], ends, strict=False)
+        ]
+        mask, values = (torch.cat(each) for each in zip(*pruned, strict=True))
+        return _as_weight(mask, weight), _as_weight(values, weight).to(weight.dtype)
+
+    def _solve(self, weight: Tensor, products: Tensor, pattern: Pattern, count: int) -> tuple[Tensor, Tensor]:
+        weight = weight.clone()
+        factor = inverse_factor(products, self.damping).float()
+        weight[:, products.diagonal() == 0] = 0
+        mask = torch.zeros_like(weight, dtype=torch.bool)
+        width = weight.shape[1]
+        size = self.block if not isinstance(pattern, NM) else -(-self.block // pattern.m) * pattern.m
+        for start in range(0, width, size):
+            end = min(start + size, width)
+            kept = round(count * end / width) - round(count * start / width)
+            part = slice(start, end)
+            errors = self._solve_block(weight[:, part], factor[part, part], mask[:, part], pattern, kept)
+            if self.update:
+                weight[:, end:] -= errors @ factor[start:end, end:]
+        return mask, weight.masked_fill_(~mask, 0)
+
+    def _solve_block(self, weight: Tensor, factor: Tensor, mask: Tensor, pattern: Pattern, kept: int) -> Tensor:
+        """Fills in the mask, and updates the weights in place; returns their errors."""
+        diagonal, errors = factor.diagonal(), torch.zeros_like(weight)
+        if not isinstance(pattern, NM):
+            mask.copy_(largest((weight / diagonal).square(), kept))
+        for column in range(weight.shape[1]):
+            if isinstance(pattern, NM) and column % pattern.m == 0:
+                group = slice(column, column + pattern.m)
+                mask[:, group] = pattern.best((weight[:, group] / diagonal[group]).square())
+            errors[:, column] = weight[:, column].masked_fill(mask[:, column], 0) / diagonal[column]
+            if self.update:
+                weight[:, column:] -= errors[:, column, None] * factor[column, None, column:]
+        return errors
+
+
+def inverse_factor(products: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of a Hessian with a raised diagonal, float64, in its shape.
+
+    Where the matrix is not positive definite, the damping is multiplied by ten until it is.
+    """
+    hessian = products.double()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    mean = hessian.diagonal().mean()
+    for power in range(12):
+        raised = hessian + torch.diag(torch.full_like(hessian.diagonal(), float(damping * 10**power * mean)))
+        lower, info = torch.linalg.cholesky_ex(raised)
+        if not int(info):
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(info):
+                factor: Tensor = upper
+                return factor
+    raise InputError("the products of a layer's inputs have no Cholesky factor at any damping: check the data")
+
+
+class OneShotSparsifier(Sparsifier):
+    """Prunes a trained network at once, block by block: later blocks see what the pruned ones before them give.
+
+    `batches` gives the calibration data anew each time it is called, and `forward` runs one of them; no more than one
+    batch and the statistics of one block are in memory.
+    """
+
+    needs_training = False
+
+    def __init__(
+        self,
+        sparsity: float,
+        score: Score | None = None,
+        distribution: Distribution | None = None,
+        pattern: str | int | None = None,
+        calibration: Calibration | None = None,
+        targets: Targets | None = None,
+    ) -> None:
+        usual = score.pattern if isinstance(score, Calibrated) else "unstructured"
+        spread = distribution or (Uniform() if isinstance(score, Calibrated) else None)
+        super().__init__(sparsity, score, spread, usual if pattern is None else pattern, Constant(), targets)
+        self.calibration = calibration or Calibration()
+        self.batches: Callable[[], Iterable[Any]] | None = None
+        self.forward: Run = run
+
+    def check_budget(self) -> None:
+        """Raises `InputError` if there is no data, or the sparsity cannot be met."""
+        if not self.needs_data():
+            super().check_budget()
+        elif self.batches is None:
+            raise InputError(
+                f"{type(self.score).__name__} needs calibration data: use OneShot in a Trainer, `train.py oneshot`, "
+                "or set `batches` to a function that gives them"
+            )
+
+    def needs_data(self) -> bool:
+        """Whether there is something to learn from data."""
+        return isinstance(self.score, Calibrated) or self.distribution.needs_inputs or self.calibration.norms
+
+    @torch.no_grad()
+    def new_masks(self, density: float, step: int) -> Masks:
+        """Prunes: the masks, and the weights where the method changes what it keeps."""
+        model = self.model
+        assert model is not None
+        if any(map(shards.is_spread, self.weights().values())):
+            raise InputError("one-shot pruning with data wants whole weights: prune before they are sharded")
+        with evaluating(model):
+            if self.calibration.permute:
+                permute_mlps(model, self.weights(), self.pattern)
+            calibrated = isinstance(self.score, Calibrated)
+            found = self._by_blocks(model, density) if calibrated else super().new_masks(density, step)
+            for name, weight in self.weights().items():
+                weight.mul_(found[name])
+            if self.calibration.norms:
+                recompute_norms(model, self._data(), self.forward)
+        return found
+
+    def _by_blocks(self, model: nn.Module, density: float) -> Masks:
+        layers = {name: module for name, (module, _) in self._owners.items()}
+        score = self.score
+        assert isinstance(score, Calibrated)
+        counts = self._shares(model, layers, density)
+        found: Masks = {}
+        first = next(iter(self._data()), None)
+        if first is None:
+            raise InputError("the calibration data is empty: give at least one batch")
+        owed = 0
+        found_stages = stages(model, layers, first, self.forward)
+        for names in track(found_stages, "pruning", transient=True, disable=not sys.stderr.isatty()):
+            inputs = collect(model, {n: layers[n] for n in names}, self._data(), score.products, self.forward)
+            for name in names:
+                weight = self.weights()[name]
+                face = self.facing(name, weight.detach())
+                mask, values = score.prune(face, inputs.pop(name), self.pattern, counts[name] + owed)
+                owed += counts[name] - int(mask.count_nonzero())
+                found[name] = self.facing(name, mask).contiguous()
+                weight.copy_(self.facing(name, values) * found[name])
+        return {name: found[name] for name in layers}
+
+    def _shares(self, model: nn.Module, layers: Mapping[str, nn.Module], density: float) -> dict[str, int]:
+        """How many weights each layer keeps."""
+        whole = masks.full(self.weights())
+        scores: Any = self.scores(Magnitude(), whole, "0")
+        if self.distribution.needs_inputs:
+            scores = _ByInputs(scores, collect(model, layers, self._data(), False, self.forward))
+        return self._counts(scores, density, masks.counts(whole))
+
+    def _data(self) -> Iterable[Any]:
+        assert self.batches is not None
+        for number, batch in enumerate(self.batches()):
+            if number == self.calibration.batches:
+                return
+            yield batch
+
+
+class _ByInputs(Mapping[str, Tensor]):
+    """Magnitudes times the norms of inputs, one layer at a time."""
+
+    def __init__(self, magnitudes: Scores, inputs: Mapping[str, Inputs]) -> None:
+        self.magnitudes, self.inputs, self.shapes = magnitudes, inputs, magnitudes.shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        score, norms = self.magnitudes[name], self.inputs[name].norms()
+        return score * _as_weight(norms.repeat_interleave(len(score) // len(norms), 0), score)
+
+    def __iter__(self) -> Any:
+        return iter(self.magnitudes)
+
+    def __len__(self) -> int:
+        return len(self.magnitudes)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """[out, in, ...] as [out, kernel * in], inputs fastest."""
+    return weight.reshape(*weight.shape[:2], -1).transpose(1, 2).flatten(1)
+
+
+def _as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
+    """What `_matrix` made a matrix of, in the weight's shape."""
+    return matrix.view(len(weight), -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
