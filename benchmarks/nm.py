@@ -3,7 +3,7 @@
     python -m benchmarks.nm --data data/tinyshakespeare
 
 Each seed trains one dense network; every method starts from it, and those that train have the same number of steps and
-the same batches. Learned masks leave the weights as they are, and so do "magnitude", "Wanda" and "SparseGPT, mask only".
+the same batches. Learned masks leave the weights as they are, and so do all one-shot methods but "SparseGPT".
 Losses are in nats per character over the whole validation and test texts. Runs that the result file already has are
 not repeated.
 """

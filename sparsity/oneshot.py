@@ -119,16 +119,17 @@ class SparseGPT(Calibrated):
 
 
 def inverse_factor(products: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of a Hessian with a raised diagonal, float64, in its shape.
+    """The upper Cholesky factor of the inverse of a Hessian over its mean diagonal, with a raised one; float64.
 
     Where the matrix is not positive definite, the damping is multiplied by ten until it is.
     """
     hessian = products.double()
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
     mean = hessian.diagonal().mean()
-    for power in range(12):
-        raised = hessian + torch.diag(torch.full_like(hessian.diagonal(), float(damping * 10**power * mean)))
+    # The scale of H is of no matter to what is pruned and how it is made up for.
+    hessian = hessian / mean if mean > 0 else torch.zeros_like(hessian)
+    hessian.diagonal()[hessian.diagonal() == 0] = 1
+    for power in range(40):
+        raised = hessian + torch.diag(torch.full_like(hessian.diagonal(), min(1e3, damping * 10**power)))
         lower, info = torch.linalg.cholesky_ex(raised)
         if not int(info):
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
@@ -180,6 +181,7 @@ class OneShotSparsifier(Sparsifier):
     @torch.no_grad()
     def new_masks(self, density: float, step: int) -> Masks:
         """Prunes: the masks, and the weights where the method changes what it keeps."""
+        self.check_budget()
         model = self.model
         assert model is not None
         if any(map(shards.is_spread, self.weights().values())):
