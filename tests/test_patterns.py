@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsity.patterns import NM, ROWS, Block, Channel, Pattern, Unstructured, nm_mask, parse
+from sparsity.patterns import NM, ROWS, Block, Channel, Pattern, Row, Transposable, Unstructured, nm_mask, parse
 
 Shape = tuple[int, ...]
 NMS = pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2), (2, 8)])
@@ -364,3 +364,88 @@ def test_parse_refuses_impossible_numbers(text: str, message: str) -> None:
 def test_a_pattern_without_a_rule_says_so() -> None:
     with pytest.raises(NotImplementedError, match="Pattern selects nothing"):
         Pattern()(torch.ones(2, 2), 1)
+
+
+def by_argsort(score: Tensor, n: int, m: int) -> Tensor:
+    """The n best of each group of m along axis 1, by a stable sort of each group on its own."""
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    for row in range(score.shape[0]):
+        for start in range(0, score.shape[1], m):
+            order = sorted(range(start, start + m), key=lambda i, row=row: -float(score[row, i]))  # type: ignore[misc]  # a default
+            mask[row, order[:n]] = True
+    return mask
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 8), (5, 16), (4, 32)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_groups_are_ranked_as_a_stable_sort_ranks_them(n: int, m: int, ties: bool) -> None:
+    score = torch.randint(3, (5, 2 * m)).float() if ties else torch.randn(5, 2 * m)
+    score[0, :m] = -torch.inf
+    assert torch.equal(NM(n, m).best(score), by_argsort(score, n, m))
+
+
+def every_tile() -> list[Tensor]:
+    """All 4 x 4 tiles with two ones in each row and column, by trying all 2^16."""
+    found = []
+    for bits in range(1 << 16):
+        if bits.bit_count() == 8:
+            tile = torch.tensor([bits >> i & 1 for i in range(16)]).view(4, 4)
+            if (tile.sum(0) == 2).all() and (tile.sum(1) == 2).all():
+                found.append(tile.bool())
+    return found
+
+
+def test_transposable_tiles_are_the_best_of_all() -> None:
+    tiles = every_tile()
+    assert len(tiles) == 90
+    score = torch.rand(8, 12)
+    exact, greedy = Transposable().best(score), Transposable(exact=False).best(score)
+    for r in range(0, 8, 4):
+        for c in range(0, 12, 4):
+            part = score[r : r + 4, c : c + 4]
+            best = max(float(part[tile].sum()) for tile in tiles)
+            assert float(part[exact[r : r + 4, c : c + 4]].sum()) == pytest.approx(best)
+            assert float(part[greedy[r : r + 4, c : c + 4]].sum()) <= best + 1e-5
+
+
+@pytest.mark.parametrize("text", ["2:4T", "2:4T-greedy"])
+@pytest.mark.parametrize("shape", [(8, 12), (8, 4, 3, 3), (256, 512)])
+def test_transposable_masks_are_2_4_along_both_axes(text: str, shape: tuple[int, ...]) -> None:
+    pattern = parse(text)
+    assert isinstance(pattern, Transposable)
+    assert pattern.name == text
+    mask = pattern.best(torch.randn(shape).abs())
+    assert (mask.view(shape[0], -1, 4, *shape[2:]).sum(2) == 2).all()
+    assert (mask.view(-1, 4, *shape[1:]).sum(1) == 2).all()
+
+
+def test_greedy_transposable_masks_keep_nearly_as_much() -> None:
+    score = torch.randn(512, 512).abs()
+    patterns = (NM(2, 4), Transposable(), Transposable(exact=False))
+    kept = {each.name: float((score * each.best(score)).sum() / score.sum()) for each in patterns}
+    assert kept["2:4"] > kept["2:4T"] > kept["2:4T-greedy"] > 0.68
+    assert kept["2:4T"] == pytest.approx(0.702, abs=0.01)
+
+
+def test_transposable_patterns_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match='transposable patterns are "2:4T" only, got "1:4T"'):
+        parse("1:4T")
+    with pytest.raises(ValueError, match="does not divide the 6 outputs of 'a'"):
+        Transposable().check("a", (6, 8))
+    with pytest.raises(ValueError, match="groups 4 weights along the input axis"):
+        Transposable().check("a", (8, 6))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 20, 33, 59, 60])
+def test_rows_keep_the_same_number(count: int) -> None:
+    score = torch.randn(5, 4, 3)
+    mask = Row()(score, count)
+    assert int(mask.count_nonzero()) == count
+    per_row = mask.flatten(1).sum(1)
+    assert int(per_row.max() - per_row.min()) <= 1
+    for row, kept in zip(score.flatten(1), mask.flatten(1), strict=True):
+        if kept.any() and not kept.all():
+            assert row[kept].min() > row[~kept].max()
+    if count == 7:  # the rows with one more are those whose second best is highest
+        second = score.flatten(1).sort(1, descending=True).values[:, 1]
+        assert set((per_row == 2).nonzero().flatten().tolist()) == set(second.topk(2).indices.tolist())

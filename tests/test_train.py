@@ -11,6 +11,7 @@ import yaml
 
 import train
 from sparsity import masks
+from sparsity.patterns import nm_mask
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "digits_lamp.yaml"
@@ -208,3 +209,47 @@ def test_an_interval_longer_than_training_is_said_plainly(tmp_path: Path, capsys
     with pytest.raises(SystemExit):
         fit(tmp_path, "--sparsity=RigL", "--sparsity.drops=CosineDrop", "--sparsity.drops.every=5000")
     assert "error: an update every=5000 (5000 steps) comes first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("score", ["Wanda", "SparseGPT"])
+def test_oneshot_by_data_leaves_masks_to_train_with(score: str, tmp_path: Path) -> None:
+    fit(tmp_path / "dense", "--sparsity=null")
+    checkpoint = str(newest(tmp_path / "dense", "last.ckpt"))
+    method = ["--sparsity=OneShot", "--sparsity.sparsity=0.5", f"--sparsity.score={score}", "--sparsity.pattern=2:4"]
+    call(tmp_path / "pruned", "oneshot", "--config", str(RECIPE), "--ckpt_path", checkpoint, *method)
+    report = read(tmp_path / "pruned")
+    assert report["sparsity"]["achieved"] == report["sparsity"]["target"] == 0.5
+    assert {row["pattern"] for row in report["sparsity"]["layers"].values()} == {"2:4"}
+    assert report["metrics"]["val/acc"] > 0.5
+    file = newest(tmp_path / "pruned", "masks.safetensors")
+    found = masks.load(file)
+    state = torch.load(newest(tmp_path / "pruned", "oneshot.ckpt"), weights_only=True)["state_dict"]
+    assert all(not state[name][~mask].any() for name, mask in found.items())
+
+    learned = ["--sparsity=GumbelNM", "--sparsity.prior=Prior", f"--sparsity.prior.file={file}"]
+    fit(tmp_path / "learned", *learned, "--weights", checkpoint)
+    before = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for name, mask in masks.from_zeros({name: weights(tmp_path / "learned")[name] for name in found}).items():
+        assert mask.float().mean() == 0.5
+        assert torch.equal(weights(tmp_path / "learned")[name], before[name] * mask), "frozen weights moved"
+
+
+def test_weights_start_a_run_without_its_optimizer(tmp_path: Path) -> None:
+    fit(tmp_path / "dense", "--sparsity=null")
+    checkpoint = str(newest(tmp_path / "dense", "last.ckpt"))
+    fit(tmp_path / "on", "--weights", checkpoint, "--sparsity=ASP", "--sparsity.pattern=2:4", "--optimizer.lr=0.0")
+    saved = torch.load(newest(tmp_path / "on", "last.ckpt"), weights_only=True)
+    assert saved["global_step"] == 42, "it starts anew"
+    dense = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for name, value in saved["state_dict"].items():
+        kept = nm_mask(value, 2, 4) if value.ndim == 2 else torch.ones_like(value)
+        expected = dense[name] * (nm_mask(dense[name], 2, 4) if value.ndim == 2 else kept)
+        torch.testing.assert_close(value, expected)
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.ckpt")
+    with pytest.raises(SystemExit) as stopped:
+        fit(tmp_path, "--weights", str(tmp_path / "other.ckpt"))
+    assert stopped.value.code == 2
+    assert "is for another model" in capsys.readouterr().err
