@@ -12,7 +12,7 @@ from torch.nn.parameter import Parameter
 
 from sparsity.patterns import NM, Pattern
 
-ROUNDS = 200  # of exchanges between pairs of groups
+ROUNDS = 24  # of exchanges between pairs of groups; 200 gain a fifth more in eight times the time
 BATCH = 1 << 24  # numbers ranked together: what bounds the extra memory
 
 
@@ -41,8 +41,8 @@ def permute_mlps(model: nn.Module, weights: Mapping[str, Parameter], pattern: Pa
 def best_order(score: Tensor, pattern: NM, seed: int = 0) -> Tensor:
     """An order of the columns of [out, in] in which N:M keeps a high sum of scores, int64 [in].
 
-    Pool & Yu, "Channel permutations for N:M sparsity" (NeurIPS 2021): groups meet in pairs, and each pair takes the
-    best of all ways to share its columns; until a round of all pairings brings nothing. Never worse than the order that
+    Pool & Yu, "Channel permutations for N:M sparsity" (NeurIPS 2021): groups meet in random pairs, and each pair takes
+    the best of all ways to share its columns, for some rounds. Never worse than the order that
     is there.
     """
     m, width = pattern.m, score.shape[1]
@@ -72,8 +72,17 @@ def _kept(score: Tensor, columns: Tensor, ways: Tensor, pattern: NM) -> Tensor:
     for part in columns.split(size):  # type: ignore[no-untyped-call]  # torch's
         shared = part[:, ways]  # [pairs, ways, 2 m]
         values = score[:, shared].view(len(score), *shared.shape[:2], 2, pattern.m)
-        found.append(values.topk(pattern.n, dim=-1).values.sum((0, -1, -2)))
+        found.append(_highest(values, pattern).sum((0, -1)))
     return torch.cat(found)
+
+
+def _highest(values: Tensor, pattern: NM) -> Tensor:
+    """The sum of the n highest along the last axis."""
+    if (pattern.n, pattern.m) != (2, 4):
+        return values.topk(pattern.n, dim=-1).values.sum(-1)
+    # Of 2:4 two pairs, one pair or the other, or the best of each: sorting few numbers many times is slow.
+    a, b, c, d = values.unbind(-1)
+    return torch.maximum(torch.maximum(a, b) + torch.maximum(c, d), torch.maximum(a + b, c + d))
 
 
 def _ways(m: int) -> Tensor:
