@@ -3,9 +3,9 @@
     python -m benchmarks.nm --data data/tinyshakespeare
 
 Each seed trains one dense network; every method starts from it, and those that train have the same number of steps and
-the same batches. Learned masks leave the weights as they are, and so do all one-shot methods but "SparseGPT".
-Losses are in nats per character over the whole validation and test texts. Runs that the result file already has are
-not repeated.
+the same batches; "from scratch" starts from none, for 1,500 steps. Learned masks leave the weights as they are, and so
+do all one-shot methods but "SparseGPT". Losses are in nats per character over the whole validation and test texts. Runs
+that the result file already has are not repeated.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from sparsity.scores import Magnitude, Score
 RESULTS = Path(__file__).parent / "results"
 DENSE_STEPS, DENSE_RATE = 4000, 2e-3
 STEPS, RATE, MASK_RATE = 500, 1e-3, 1e-4  # of the methods that train weights, and of learned masks
+SCRATCH, SCRATCH_STEPS = "1:8, from scratch", 1500
 CONTEXT, BATCH, CALIBRATION = 64, 32, 32
 
 ONE_SHOT: dict[str, Callable[[], Score]] = {
@@ -153,6 +154,8 @@ def run(case: Case, folder: str | None, networks: Path) -> dict[str, Any]:
     quiet()
     method, pattern, seed = case
     data, density = text(folder), 1.0
+    if pattern == SCRATCH:
+        return from_scratch(method, seed, data)
     model = loaded(seed, MASK_RATE if method in LEARNED else RATE, networks)
     if method in ONE_SHOT:
         density = masks.density(prune(model, method, pattern, data))
@@ -165,12 +168,23 @@ def run(case: Case, folder: str | None, networks: Path) -> dict[str, Any]:
     return {"method": method, "pattern": pattern, "seed": seed, "density": density, **losses(model, data)}
 
 
+def from_scratch(method: str, seed: int, data: TinyShakespeare) -> dict[str, Any]:
+    """One network that is N:M from its first step on, or dense."""
+    pl.seed_everything(seed, verbose=False)
+    model = Trained(SCRATCH_STEPS, DENSE_RATE)
+    callbacks = [] if method == "dense" else [TRAINED[method](SCRATCH.partition(",")[0])]
+    train(model, SCRATCH_STEPS, data, *callbacks)
+    density = callbacks[0].sparsifier.density() if callbacks else 1.0
+    return {"method": method, "pattern": SCRATCH, "seed": seed, "density": density, **losses(model, data)}
+
+
 def cases(seeds: list[int]) -> list[Case]:
     """All runs, those of most interest first."""
     found: list[tuple[str, str]] = [("dense", "dense")]
     found += [(method, pattern) for pattern in FROZEN_PATTERNS for method in ONE_SHOT]
     for frozen, trained in zip(FROZEN_PATTERNS, TRAINED_PATTERNS, strict=True):
         found += [(method, frozen) for method in LEARNED] + [(method, trained) for method in TRAINED]
+    found += [(method, SCRATCH) for method in ("dense", "STE", "SR-STE", "PGF, exponential", "PGF, stepwise")]
     return [(*each, seed) for each in found for seed in seeds]
 
 
@@ -200,7 +214,7 @@ def table(result: dict[str, Any]) -> str:
     patterns = list(dict.fromkeys(pattern for _, pattern in rows if pattern != "dense"))
     lines = ["| method | " + " | ".join(patterns) + " |", "|---" * (len(patterns) + 1) + "|"]
     for method in dict.fromkeys(method for method, _ in rows):
-        cells = [cell(rows.get((method, pattern)) or rows.get((method, "dense"))) for pattern in patterns]
+        cells = [cell(rows.get((method, pattern), rows.get((method, "dense")))) for pattern in patterns]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -220,9 +234,11 @@ def figure(result: dict[str, Any], path: Path) -> None:
     rows = result["summary"]
     patterns = list(dict.fromkeys(row["pattern"] for row in rows if row["pattern"] != "dense"))
     picture = Figure(figsize=(4 * len(patterns), 5), layout="constrained")
-    line = next(row["val_loss_mean"] for row in rows if row["method"] == "dense")
+    lines = {row["pattern"]: row["val_loss_mean"] for row in rows if row["method"] == "dense"}
     for axes, pattern in zip(picture.subplots(1, len(patterns), squeeze=False)[0], patterns, strict=True):
-        mine = sorted((row for row in rows if row["pattern"] == pattern), key=lambda row: -row["val_loss_mean"])
+        line = lines.get(pattern, lines["dense"])
+        mine = [row for row in rows if row["pattern"] == pattern and row["method"] != "dense"]
+        mine.sort(key=lambda row: -row["val_loss_mean"])
         colours = ["#bbbbbb" if row["method"] in ONE_SHOT else "#4477aa" if row["method"] in LEARNED else "#ccbb44"
                    for row in mine]  # fmt: skip
         axes.barh([row["method"] for row in mine], [row["val_loss_mean"] for row in mine], color=colours,
@@ -258,9 +274,10 @@ def main() -> None:
 
 def save(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     order = ["dense", *ONE_SHOT, *LEARNED, *TRAINED]
-    patterns = ["dense", "2:4", "1:4", "4:8", "1:8"]
+    patterns = ["dense", "2:4", "1:4", "4:8", "1:8", SCRATCH]
     rows.sort(key=lambda row: (order.index(row["method"]), patterns.index(row["pattern"]), row["seed"]))
-    about = {"dense_steps": DENSE_STEPS, "steps": STEPS, "rate": RATE, "mask_rate": MASK_RATE}
+    about = {"dense_steps": DENSE_STEPS, "steps": STEPS, "rate": RATE, "mask_rate": MASK_RATE,
+             "scratch_steps": SCRATCH_STEPS}  # fmt: skip
     result = {**about, "torch": torch.__version__, "summary": summary(rows), "runs": rows}
     path.write_text(json.dumps(result, indent=1) + "\n")
     return result

@@ -179,6 +179,12 @@ class Gumbel(Learned):
             self._optimizer.zero_grad()  # the step that these were for was skipped
         super().settle()
 
+    @torch.no_grad()
+    def enforce(self) -> None:
+        super().enforce()
+        if self.frozen and self.dense:  # an average of masked weights, such as an EMA has, is none of them
+            self._show_masked()
+
     def detach(self) -> None:
         super().detach()
         self.logits, self._optimizer, self._saved = {}, None, {}
