@@ -56,7 +56,7 @@ TRAINED: dict[str, Callable[[str], Sparsify]] = {
     "PGF, stepwise": lambda pattern: PGF(pattern, Stepwise()),
     "PGF, geometric": lambda pattern: PGF(pattern, Geometric()),
 }  # fmt: skip
-FROZEN_PATTERNS, TRAINED_PATTERNS = ("2:4", "1:4", "4:8"), ("2:4", "1:4", "1:8")
+FROZEN_PATTERNS = ("2:4", "1:4", "4:8")
 Case = tuple[str, str, int]
 
 
@@ -182,9 +182,11 @@ def cases(seeds: list[int]) -> list[Case]:
     """All runs, those of most interest first."""
     found: list[tuple[str, str]] = [("dense", "dense")]
     found += [(method, pattern) for pattern in FROZEN_PATTERNS for method in ONE_SHOT]
-    for frozen, trained in zip(FROZEN_PATTERNS, TRAINED_PATTERNS, strict=True):
-        found += [(method, frozen) for method in LEARNED] + [(method, trained) for method in TRAINED]
-    found += [(method, SCRATCH) for method in ("dense", "STE", "SR-STE", "PGF, exponential", "PGF, stepwise")]
+    found += [(method, pattern) for pattern in ("2:4", "1:4") for method in [*LEARNED, *TRAINED]]
+    found += [("GumbelNM, magnitude", "4:8"), ("GumbelNM", "4:8")]
+    found += [(method, SCRATCH) for method in ("dense", "SR-STE", "PGF, exponential", "PGF, stepwise")]
+    found += [(method, "1:8") for method in TRAINED]
+    found += [("GumbelNM, Wanda", "4:8"), ("GumbelNM, SparseGPT", "4:8")]
     return [(*each, seed) for each in found for seed in seeds]
 
 
