@@ -180,8 +180,8 @@ class Learned(Sparsifier):
 
     def _show_masked(self) -> None:
         for name, weight in self.weights().items():
-            kept = shards.local_part(self.masks[name], weight)
-            torch.mul(self.dense[name], kept, out=shards.local(weight))
+            kept, dense = shards.local_part(self.masks[name], weight), self.dense[name]
+            torch.where(kept, dense, dense.new_zeros(()), out=shards.local(weight))  # a product would let NaN through
         self._shown = "masked"
 
     def _whole(self, name: str) -> Tensor:

@@ -458,3 +458,14 @@ def test_a_half_precision_model_has_float32_logits() -> None:
     sparsifier.apply()
     assert model[0].weight.dtype == torch.bfloat16
     assert all(each.dtype == torch.float32 for each in sparsifier.logits.values())
+
+
+@every
+def test_nan_in_what_is_pruned_is_not_shown(name: str) -> None:
+    _, sparsifier = train(name)
+    sparsifier.relax()
+    for key, mask in sparsifier.masks.items():
+        sparsifier.dense[key][~mask] = float("nan")
+    sparsifier._shown = "relaxed"
+    sparsifier.enforce()
+    assert all(bool(torch.isfinite(weight).all()) for weight in sparsifier.weights().values())

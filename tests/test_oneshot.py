@@ -446,3 +446,43 @@ def test_looking_at_data_does_not_change_what_training_draws() -> None:
         method = OneShot(0.5, score=score, targets=Targets(exclude=["*unused*"]))
         trainer(method).fit(model, loader)
     assert seen["Wanda"] == seen["magnitude"]
+
+
+class Conv1D(nn.Module):
+    """As in `transformers`: the weight is [in, out]."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().T.clone())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+@pytest.mark.parametrize("score", [Wanda(), SparseGPT()], ids=["Wanda", "SparseGPT"])
+def test_transposed_layers_are_pruned_as_straight_ones(score: Any, pattern: str | None) -> None:
+    torch.manual_seed(0)
+    layers = nn.Linear(16, 12), nn.Linear(12, 8)
+    turned = nn.Sequential(*map(Conv1D, layers))
+    straight = nn.Sequential(*layers)
+    one = pruned(straight, 0.5, score=score, pattern=pattern)
+    other = pruned(turned, 0.5, score=score, pattern=pattern)
+    for name, mask in one.masks.items():
+        assert torch.equal(mask.T, other.masks[name])
+        torch.testing.assert_close(straight.get_parameter(name).T, turned.get_parameter(name))
+
+
+def test_statistics_are_of_one_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsity import oneshot
+
+    seen = []
+
+    def watched(model: nn.Module, layers: dict[str, nn.Module], *more: Any) -> dict[str, Inputs]:
+        seen.append(list(layers))
+        return collect(model, layers, *more)
+
+    monkeypatch.setattr(oneshot, "collect", watched)
+    pruned(net(), 0.5, score=SparseGPT())
+    assert [len(names) for names in seen] == [2, 2, 2, 1]
