@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from pytorch_lightning import LightningModule, Trainer
 
 from sparsity.calibration import Calibration
@@ -64,9 +63,7 @@ class OneShot(Sparsify):
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(self.sparsifier, OneShotSparsifier):
             self.sparsifier.batches = lambda: _training_batches(trainer)
-        # Looking at data must not change what training draws.
-        with torch.random.fork_rng():
-            super()._attach(trainer, pl_module)
+        super()._attach(trainer, pl_module)
 
 
 def _training_batches(trainer: Trainer) -> Iterator[Any]:

@@ -1,7 +1,8 @@
 """One-shot pruning of a trained network by what its layers are given: Wanda, SparseGPT."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -189,26 +190,28 @@ class OneShotSparsifier(Sparsifier):
         with evaluating(model):
             if self.calibration.permute:
                 permute_mlps(model, self.weights(), self.pattern)
-            calibrated = isinstance(self.score, Calibrated)
-            found = self._by_blocks(model, density) if calibrated else super().new_masks(density, step)
+            counts = self._shares(model, density)
+            found = self._by_blocks(model, counts) if isinstance(self.score, Calibrated) else self._by_scores(counts)
             for name, weight in self.weights().items():
-                weight.mul_(found[name])
+                weight.masked_fill_(~found[name], 0)
             if self.calibration.norms:
                 recompute_norms(model, self._data(), self.forward)
         return found
 
-    def _by_blocks(self, model: nn.Module, density: float) -> Masks:
-        layers = {name: module for name, (module, _) in self._owners.items()}
-        score = self.score
+    def _by_scores(self, counts: dict[str, int]) -> Masks:
+        found = self.pattern.masks(self.scores(self.score, masks.full(self.weights()), "0"), counts)
+        return {name: self.facing(name, mask).contiguous() for name, mask in found.items()}
+
+    def _by_blocks(self, model: nn.Module, counts: dict[str, int]) -> Masks:
+        score, layers = self.score, self._layers()
         assert isinstance(score, Calibrated)
-        counts = self._shares(model, layers, density)
-        found: Masks = {}
-        first = next(iter(self._data()), None)
+        [first, *_] = [*islice(self._data(), 1), None]
         if first is None:
             raise InputError("the calibration data is empty: give at least one batch")
+        found: Masks = {}
         owed = 0
-        found_stages = stages(model, layers, first, self.forward)
-        for names in track(found_stages, "pruning", transient=True, disable=not sys.stderr.isatty()):
+        blocks = stages(model, layers, first, self.forward)
+        for names in track(blocks, "pruning", transient=True, disable=not sys.stderr.isatty()):
             inputs = collect(model, {n: layers[n] for n in names}, self._data(), score.products, self.forward)
             for name in names:
                 weight = self.weights()[name]
@@ -216,23 +219,26 @@ class OneShotSparsifier(Sparsifier):
                 mask, values = score.prune(face, inputs.pop(name), self.pattern, counts[name] + owed)
                 owed += counts[name] - int(mask.count_nonzero())
                 found[name] = self.facing(name, mask).contiguous()
-                weight.copy_(self.facing(name, values) * found[name])
+                weight.copy_(self.facing(name, values).masked_fill(~found[name], 0))
         return {name: found[name] for name in layers}
 
-    def _shares(self, model: nn.Module, layers: Mapping[str, nn.Module], density: float) -> dict[str, int]:
+    def _shares(self, model: nn.Module, density: float) -> dict[str, int]:
         """How many weights each layer keeps."""
         whole = masks.full(self.weights())
-        scores: Any = self.scores(Magnitude(), whole, "0")
+        scores: Any = self.scores(Magnitude() if isinstance(self.score, Calibrated) else self.score, whole, "0")
         if self.distribution.needs_inputs:
-            scores = _ByInputs(scores, collect(model, layers, self._data(), False, self.forward))
+            scores = _ByInputs(scores, collect(model, self._layers(), self._data(), False, self.forward))
         return self._counts(scores, density, masks.counts(whole))
 
-    def _data(self) -> Iterable[Any]:
+    def _layers(self) -> dict[str, nn.Module]:
+        return {name: module for name, (module, _) in self._owners.items()}
+
+    def _data(self) -> Iterator[Any]:
+        """The calibration batches: the same at each call, also of a loader that shuffles, and at no cost to others."""
         assert self.batches is not None
-        for number, batch in enumerate(self.batches()):
-            if number == self.calibration.batches:
-                return
-            yield batch
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            yield from islice(self.batches(), self.calibration.batches)
 
 
 class _ByInputs(Mapping[str, Tensor]):

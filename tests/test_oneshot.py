@@ -486,3 +486,24 @@ def test_statistics_are_of_one_block_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(oneshot, "collect", watched)
     pruned(net(), 0.5, score=SparseGPT())
     assert [len(names) for names in seen] == [2, 2, 2, 1]
+
+
+def test_every_block_is_shown_the_same_batches_of_a_shuffling_loader() -> None:
+    from torch.utils.data import DataLoader
+
+    loader: Any = DataLoader(torch.randn(64, 16), batch_size=8, shuffle=True)  # type: ignore[arg-type]  # a tensor is a dataset
+    sparsifier = OneShotSparsifier(0.5, Wanda(), calibration=Calibration(3))
+    sparsifier.batches = lambda: loader
+    state = torch.get_rng_state()
+    first, again = list(sparsifier._data()), list(sparsifier._data())
+    assert len(first) == 3
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_owl_takes_inputs_where_there_is_data_also_for_magnitudes() -> None:
+    found = [masks.counts(pruned(net(), 0.5, score=score, distribution=OWL(2.0, 0.2), pattern="unstructured").masks)
+             for score in (Magnitude(), Wanda())]  # fmt: skip
+    assert found[0] == found[1]
+    weights = {name: each.detach().abs() for name, each in Targets().select(net()).items()}
+    assert found[0] != OWL(2.0, 0.2)(weights, 0.5)
