@@ -278,8 +278,13 @@ class Gumbel(Learned):
         self._optimizer, self._follows = None, []
         holders = {id(p): (o, g) for o in self._upkeep.optimizers for g in o.param_groups for p in g["params"]}
         found = {name: holders[id(weight)] for name, weight in self.weights().items() if id(weight) in holders}
-        if not self.logits or not found:
+        if not self.logits:
             return
+        if not found:
+            raise InputError(
+                "no optimizer holds a target weight, whose learning rate the logits follow: attach the optimizer too, "
+                "attach(model, optimizer), and give it the weights also where they stay frozen"
+            )
         owner = next(iter(found.values()))[0]
         accepted = inspect.signature(type(owner).__init__).parameters
         settings = {key: value for key, value in owner.defaults.items() if key in accepted}

@@ -315,6 +315,10 @@ def test_the_largest_patterns_are_learned() -> None:
 def test_bad_settings_are_named() -> None:
     with pytest.raises(InputError, match="a training without end"):
         Gumbel("2:4").attach(net(), sgd(net().parameters()))
+    with pytest.raises(InputError, match="no optimizer holds a target weight"):
+        Gumbel("2:4").attach(net(), horizon=HORIZON)
+    with pytest.raises(InputError, match="no optimizer holds a target weight"):
+        Gumbel("2:4").attach(net(), sgd(net().parameters()), horizon=HORIZON)
     with pytest.raises(InputError, match="decay must be 0 or more"):
         SRSTE("2:4", decay=-1)
     with pytest.raises(InputError, match=r"until=1.0 is step 20 of 20"):
