@@ -39,7 +39,7 @@ class Calibrated(Score):
 
 class Wanda(Calibrated):
     """|w| times the norm of its input, compared inside each output: Sun et al., "A simple and effective pruning
-    approach for large language models" (ICLR 2024, arXiv 2306.11695, equation 1). The weights stay as they are."""
+    approach for large language models" (ICLR 2024, arXiv 2306.11695). The weights stay as they are."""
 
     pattern = "row"
 

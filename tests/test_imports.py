@@ -20,7 +20,7 @@ ALLOWED = {
                    "shards", "upkeep"},
     "dynamic": {"errors", "history", "masks", "ops", "targets", "scores", "distributions", "redistribution",
                 "schedules", "sparsifier"},
-    "relaxation": {"errors", "patterns", "schedules"}, "permutation": {"patterns"},
+    "penalties": {"errors", "ops"}, "relaxation": {"errors", "patterns", "schedules"}, "permutation": {"patterns"},
     "calibration": {"errors", "targets"},
     "learned": {"errors", "masks", "shards", "targets", "scores", "distributions", "patterns", "relaxation",
                 "schedules", "sparsifier"},

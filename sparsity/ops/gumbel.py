@@ -25,7 +25,7 @@ def gumbel_nm_mask(logits: Tensor, n: int, m: int, scale: float, temperature: fl
 
         y = softmax((scale * logits + gumbel) / temperature)        mask = sum of candidates, weighted by y
 
-    MaskLLM, Fang et al. (arXiv 2409.17481, equations 4 to 6). The noise is Gumbel's and a function of `seed` and of
+    MaskLLM, Fang et al. (arXiv 2409.17481). The noise is Gumbel's and a function of `seed` and of
     the place alone, so it is not stored: the backward pass, which gives the gradient of the logits, draws it again.
     Candidates are on axis 0, where a softmax over few of them is one pass over contiguous numbers, and everything
     happens in chunks that stay in the cache: some three times as fast on a CPU as `gumbel_softmax(logits) @ table`, and
