@@ -103,7 +103,7 @@ def _batches(datamodule: LightningDataModule) -> Iterator[Any]:
     datamodule.prepare_data()
     datamodule.setup("fit")
     for batch in datamodule.train_dataloader():
-        yield datamodule.on_after_batch_transfer(batch, 0)
+        yield datamodule.on_after_batch_transfer(datamodule.on_before_batch_transfer(batch, 0), 0)
 
 
 class SparsityCLI(LightningCLI):

@@ -1,11 +1,13 @@
 """One-shot pruning: once, and then training goes on."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
+from torch import nn
 
-from sparsity.calibration import Calibration
+from sparsity.calibration import Calibration, run
 from sparsity.distributions import Distribution, Uniform
 from sparsity.errors import InputError
 from sparsity.oneshot import OneShotSparsifier
@@ -62,15 +64,26 @@ class OneShot(Sparsify):
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(self.sparsifier, OneShotSparsifier):
-            self.sparsifier.batches = lambda: _training_batches(trainer)
+            self.sparsifier.batches = lambda: _training_batches(trainer, pl_module)
+            self.sparsifier.forward = partial(_forward, trainer)
         super()._attach(trainer, pl_module)
 
 
-def _training_batches(trainer: Trainer) -> Iterator[Any]:
-    """The training batches, on the device, as a training step gets them."""
+def _forward(trainer: Trainer, model: nn.Module, batch: Any) -> Any:
+    """A forward pass in the trainer's precision."""
+    with trainer.precision_plugin.forward_context():
+        return run(model, batch)
+
+
+def _training_batches(trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
+    """The training batches, on the device and in the precision that a training step gets them in."""
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
+    if isinstance(trainer.train_dataloader, list | tuple | dict):
+        raise InputError("calibration reads one training dataloader, and there are several: use `train.py oneshot`")
     for batch in trainer.train_dataloader or ():
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
         yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sparsity import Horizon, InputError, Sparsifier, masks, shards
+from sparsity import Horizon, InputError, Sparsifier, masks
 from sparsity.constant import Kept
 from sparsity.schedules import Constant
 from sparsity.targets import clean
@@ -54,7 +54,8 @@ class Sparsify(Callback):
         # Averaging callbacks (EMA, SWA) put dense weights into the model: the masks have to come after them.
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         later = [self, *trainer.checkpoint_callbacks]
-        trainer.callbacks = [each for each in callbacks if each not in later] + later  # type: ignore[attr-defined]
+        between = [each for each in callbacks if each not in later and not isinstance(each, _Settle)]
+        trainer.callbacks = [_Settle(self.sparsifier), *between, *later]  # type: ignore[attr-defined]
         self._attached = False
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -90,6 +91,7 @@ class Sparsify(Callback):
             self._attach(trainer, pl_module)
         if trainer.global_step == 0:
             self.step = 0
+        self.sparsifier.begin(self.step)
         # The optimizer's state was restored since the masks were attached.
         self.sparsifier.enforce()
         self._seen = []
@@ -100,13 +102,12 @@ class Sparsify(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Masks are renewed at the clock's steps; at another optimizer's the last of them has already been made.
         is_clock = optimizer is self._clock
-        self.sparsifier.update(self.step if is_clock else self.step - 1)
+        self.sparsifier.update(self.step if is_clock else self.step - 1, optimizer)
         self.step += is_clock
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.sparsifier.settle()
         renewed = self._seen != self._moment()
         if renewed:
             self._seen, self._achieved = self._moment(), 1 - self.sparsifier.density()
@@ -148,19 +149,17 @@ class Sparsify(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._remove_hooks()
+        if self._attached:
+            self.sparsifier.settle()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self._attached:
             return
         # An averaging callback may have put the average in place of the model's own weights.
         state = checkpoint["state_dict"]
-        for name, value in state.items():
-            mask = self.sparsifier.masks.get(clean(name))
-            # Weights that are spread over processes are the model's own: no averaging callback has them.
-            if mask is None or shards.is_spread(value):
-                continue
-            if bool(value[~mask.to(value.device)].any()):
-                state[name] = torch.where(mask.to(value.device), value, 0)
+        for name in state:
+            if clean(name) in self.sparsifier.masks:
+                state[name] = self.sparsifier.stored(clean(name), state[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "method": type(self).__name__, "sparsifier": self.sparsifier.state_dict()}
@@ -185,10 +184,16 @@ class Sparsify(Callback):
         self._remove_hooks()
         self.sparsifier.attach(pl_module, *trainer.optimizers, horizon=_horizon(trainer), seed=_seed())
         self._clock = _main_optimizer(trainer.optimizers, self.sparsifier.weights().values())
-        self._hooks = [
-            optimizer.register_step_post_hook(lambda *_: self.sparsifier.apply()) for optimizer in trainer.optimizers
-        ]
+        self._hooks = [optimizer.register_step_post_hook(self._stepped(pl_module)) for optimizer in trainer.optimizers]
         self._attached = True
+
+    def _stepped(self, pl_module: LightningModule) -> Callable[..., None]:
+        def apply(*_: Any) -> None:
+            self.sparsifier.apply()
+            if not pl_module.automatic_optimization:  # another forward pass may follow in the same batch
+                self.sparsifier.relax()
+
+        return apply
 
     def _moment(self) -> list[int]:
         """Tells one renewal from another: its planned step, and when it was noted in the history."""
@@ -226,6 +231,18 @@ class Sparsify(Callback):
                     f"sparsity/layer/{n}": 1 - kept[n] / mask.numel() for n, mask in self.sparsifier.masks.items()
                 }
                 logger.log_metrics(layers, step=trainer.global_step)
+
+
+class _Settle(Callback):
+    """Comes first, so that no other callback sees what training has used beside what the masks keep."""
+
+    def __init__(self, sparsifier: Sparsifier) -> None:
+        self.sparsifier = sparsifier
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.sparsifier.settle()
 
 
 def is_tensorboard(logger: object) -> bool:

@@ -1,7 +1,7 @@
 """Calibration: what the layers of a network are given as inputs, over some batches of data."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -58,7 +58,10 @@ class Inputs:
         """Adds up what all processes have seen; raises `InputError` where that is nothing, or not finite."""
         assert self.sums is not None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.sums)
+            tokens = torch.tensor(self.tokens, device=self.sums.device)
+            for each in (self.sums, tokens):
+                torch.distributed.all_reduce(each)
+            self.tokens = int(tokens)
         if not bool(torch.isfinite(self.sums).all()):
             raise InputError(
                 f"the inputs of '{name}' on the calibration data are NaN or infinite: check the data and the "
@@ -171,11 +174,14 @@ def recompute_norms(model: nn.Module, batches: Iterable[Any], forward: Run = run
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards each module is in the mode it was in."""
+    """The model in eval mode, not compiled; afterwards each module is in the mode it was in."""
     before = {module: module.training for module in model.modules()}
+    compiled = any(getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in before)
     model.eval()
     try:
-        yield
+        # Hooks do not reach into what has been compiled.
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
         for module, training in before.items():
             module.training = training

@@ -110,7 +110,8 @@ class Gumbel(Learned):
         self.logits: dict[str, Parameter] = {}
         self._length = 1
         self._optimizer: Optimizer | None = None
-        self._follows: list[dict[str, Any]] = []  # the group of the model's optimizer that each logit follows
+        self._trained: list[str] = []  # the weight of each group of that optimizer
+        self._drawn: dict[str, int] = {}  # the step whose sample each weight is shown by
         self._saved: dict[str, Any] = {}
         self._spared: list[tuple[Tensor, Tensor]] = []
 
@@ -135,20 +136,25 @@ class Gumbel(Learned):
 
     @torch.no_grad()
     def relax(self) -> None:
-        """The weights times soft masks."""
-        if self._shown == "relaxed":
-            return
-        self._absorb()
-        for name, weight in self.weights().items():
+        """The weights times soft masks, where the logits are being trained."""
+        self._reshard()
+        names = [name for name, each in self._some(self._trained) if each.requires_grad and self._is_masked(name)]
+        self._absorb(names)
+        for name, weight in self._some(names):
+            self._drawn[name] = self.step
             torch.mul(self.dense[name], self._soft_mask(name, weight), out=shards.local(weight))
-        self._shown = "relaxed"
+            self._shown[name] = "relaxed"
 
-    def observe(self) -> None:
+    def observe(self, names: list[str]) -> None:
         """The gradients of the logits from those of the masked weights, d loss / d mask = d loss / d (w mask) * w."""
-        temperature, scale, energy = self._sampling()
-        for name, weight in self.weights().items():
-            if weight.grad is None:
+        for name, weight in self._some(names):
+            if weight.grad is None or name not in self._trained:
                 continue
+            if name not in self._drawn:
+                raise InputError(
+                    "masks were not sampled for this step: call relax() before the forward pass of each training step"
+                )
+            temperature, scale, energy = self._sampling(name)
             # The energy is the sum of (w mask)^2; w mask is what stands in the model.
             of_mask = (weight.grad - 2 * energy * weight) if energy else weight.grad
             of_mask = shards.whole(of_mask.detach()).float() * self._whole(name).float()
@@ -161,21 +167,27 @@ class Gumbel(Learned):
         if self.frozen:
             self._freeze()
 
+    def endure(self, names: list[str]) -> None:
+        super().endure(names)
+        if self.frozen:
+            self._freeze()
+
     @torch.no_grad()
     def apply(self) -> None:
         """After the optimizer's step: that of the logits, new masks, and the sparse weights."""
         if self._optimizer is not None:
-            for mine, group in zip(self._optimizer.param_groups, self._follows, strict=True):
-                mine["lr"] = group["lr"] * self.training.rate
+            self._follow(self._optimizer)
             self._optimizer.step()
             self._optimizer.zero_grad()
+        for name in self._stepping:
+            self._drawn.pop(name, None)
         super().apply()
         for parameter, value in self._spared:
             parameter.copy_(value)
         self._spared = []
 
     def settle(self) -> None:
-        if self._shown == "dense" and self._optimizer is not None:
+        if "dense" in self._shown.values() and self._optimizer is not None:
             self._optimizer.zero_grad()  # the step that these were for was skipped
         super().settle()
 
@@ -183,11 +195,11 @@ class Gumbel(Learned):
     def enforce(self) -> None:
         super().enforce()
         if self.frozen and self.dense:  # an average of masked weights, such as an EMA has, is none of them
-            self._show_masked()
+            self._show_masked(list(self.dense))
 
     def detach(self) -> None:
         super().detach()
-        self.logits, self._optimizer, self._saved = {}, None, {}
+        self.logits, self._optimizer, self._trained, self._drawn, self._saved = {}, None, [], {}, {}
 
     def save_logits(self, path: str | Path) -> None:
         """Writes the logits to a safetensors file, for another run to start from: `Prior(file=path)`."""
@@ -196,9 +208,12 @@ class Gumbel(Learned):
 
     def state_dict(self) -> dict[str, Any]:
         """Also the logits and the state of their optimizer."""
-        optimizer = self._optimizer.state_dict() if self._optimizer else {}
-        logits = {name: each.detach().cpu() for name, each in self.logits.items()}
-        return {**super().state_dict(), "logits": logits, "optimizer": optimizer}
+        states = self._optimizer.state if self._optimizer else {}
+        return {
+            **super().state_dict(),
+            "logits": {name: each.detach().cpu() for name, each in self.logits.items()},
+            "optimizer": {name: dict(states[each]) for name, each in self.logits.items() if each in states},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._saved = {"logits": state.get("logits", {}), "optimizer": state.get("optimizer", {})}
@@ -210,17 +225,24 @@ class Gumbel(Learned):
         self.logits = {}
         for name, weight in self.weights().items():
             self.logits[name] = self._checked(name, weight, saved["logits"].get(name), "the saved state")
+        self._saved = {"optimizer": dict(saved["optimizer"])}
         self._make_optimizer()
-        if self._optimizer is not None and saved["optimizer"]:
-            self._optimizer.load_state_dict(saved["optimizer"])
 
-    def _absorb(self) -> None:
-        if not (self.frozen and self._shown == "dense"):
-            super()._absorb()
+    def _place(self) -> None:
+        super()._place()
+        for name, weight in self.weights().items():
+            self.logits[name].data = self.logits[name].data.to(weight.device)
+
+    def _is_masked(self, name: str) -> bool:
+        return self._shown[name] == "masked"
+
+    def _absorb(self, names: list[str]) -> None:
+        super()._absorb([name for name in names if not self.frozen or self._is_masked(name)])
 
     def _freeze(self) -> None:
         """No parameter has a gradient, so that the optimizer moves none and needs no state for them."""
-        every = [p for o in self._upkeep.optimizers for group in o.param_groups for p in group["params"]]
+        optimizers = self._upkeep.optimizers if self._mover is None else [self._mover]
+        every = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         targets = {id(weight) for weight in self.weights().values()}
         for parameter in every:
             parameter.grad = None
@@ -275,33 +297,60 @@ class Gumbel(Learned):
 
     def _make_optimizer(self) -> None:
         """An optimizer of the class and the settings of the one that holds the weights, one group per weight."""
-        self._optimizer, self._follows = None, []
-        holders = {id(p): (o, g) for o in self._upkeep.optimizers for g in o.param_groups for p in g["params"]}
-        found = {name: holders[id(weight)] for name, weight in self.weights().items() if id(weight) in holders}
+        self._optimizer, self._trained, self._drawn = None, [], {}
         if not self.logits:
             return
-        if not found:
+        held = {id(p): o for o in self._upkeep.optimizers for group in o.param_groups for p in group["params"]}
+        names = [name for name, weight in self.weights().items() if id(weight) in held and weight.requires_grad]
+        if not names:
             raise InputError(
-                "no optimizer holds a target weight, whose learning rate the logits follow: attach the optimizer too, "
-                "attach(model, optimizer), and give it the weights also where they stay frozen"
+                "no optimizer holds a target weight that requires a gradient, by which its masks are learned: attach "
+                "the optimizer too, attach(model, optimizer), and leave requires_grad on; `frozen` keeps the weights"
             )
-        owner = next(iter(found.values()))[0]
+        owner = held[id(self.weights()[names[0]])]
         accepted = inspect.signature(type(owner).__init__).parameters
         settings = {key: value for key, value in owner.defaults.items() if key in accepted}
         settings |= {"weight_decay": self.training.weight_decay} if "weight_decay" in accepted else {}
-        names = [name for name in self.logits if name in found]
-        self._follows = [found[name][1] for name in names]
         self._optimizer = type(owner)([{"params": [self.logits[name]]} for name in names], **settings)
+        self._trained = names
+        self._restore(names)
 
-    def _sampling(self) -> tuple[float, float, float]:
-        return self.annealing.at(self.step / max(1, self._length - 1))
+    def _follow(self, optimizer: Optimizer) -> None:
+        """Takes over the learning rates of the model's optimizers, and the weights that they have been given since."""
+        groups = {id(p): group for o in self._upkeep.optimizers for group in o.param_groups for p in group["params"]}
+        weights = self.weights()
+        for name in weights:
+            if name not in self._trained and id(weights[name]) in groups and weights[name].requires_grad:
+                optimizer.add_param_group({"params": [self.logits[name]]})
+                self._trained.append(name)
+                self._restore([name])
+        for mine, name in zip(optimizer.param_groups, self._trained, strict=True):
+            if id(weights[name]) in groups:
+                mine["lr"] = groups[id(weights[name])]["lr"] * self.training.rate
+
+    def _restore(self, names: list[str]) -> None:
+        """The saved optimizer state of these logits, where there is one."""
+        for name in names:
+            saved = self._saved.get("optimizer", {}).pop(name, None)
+            if saved is not None and self._optimizer is not None:
+                settings = self._optimizer.param_groups[0]
+                moves = settings.get("fused") or settings.get("capturable")  # the step count too, then
+                self._optimizer.state[self.logits[name]] = {
+                    key: value.to(self.logits[name].device if value.ndim or moves else "cpu", copy=True)
+                    if torch.is_tensor(value)
+                    else value
+                    for key, value in saved.items()
+                }
+
+    def _sampling(self, name: str) -> tuple[float, float, float]:
+        return self.annealing.at(self._drawn[name] / max(1, self._length - 1))
 
     def _draw(self, name: str) -> int:
-        return zlib.crc32(f"{self.seed}/{self.step}/{name}".encode())
+        return zlib.crc32(f"{self.seed}/{self._drawn.get(name, 'start')}/{name}".encode())
 
     def _soft_mask(self, name: str, weight: Tensor) -> Tensor:
         """The part of the mask of this step that belongs to this process."""
-        temperature, scale, _ = self._sampling()
+        temperature, scale, _ = self._sampling(name)
         soft = gumbel_nm_mask(self.logits[name].detach(), *self._nm, scale, temperature, self._draw(name))
         return shards.local_part(self._as_weight(name, soft).to(weight.dtype), weight)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from sparsity import masks, shards
@@ -51,8 +52,10 @@ class Learned(Sparsifier):
         self.dense: dict[str, Tensor] = {}  # the part of each dense weight that this process holds
         self.step = 0
         self._hidden: dict[str, Tensor] = {}  # what a saved state has of them: the pruned ones
-        self._shown = "masked"  # what stands in the model: "masked", "relaxed" or "dense"
-        self._next, self._finite = 0, True  # the step after the optimizer's, and whether its gradients are finite
+        self._shown: dict[str, str] = {}  # what stands in the model: "masked", "relaxed" or "dense"
+        self._stepping: list[str] = []  # the weights that the optimizer's step is about to move
+        self._mover: Optimizer | None = None  # that optimizer, if it is known
+        self._next, self._finite = 0, True  # the step after it, and whether its gradients are finite
         self._noted: Masks = {}  # the masks at the last entry of the history
 
     @torch.no_grad()
@@ -60,7 +63,8 @@ class Learned(Sparsifier):
         """As of any method; dense weights are taken from the model, or from the state that was loaded before."""
         again, loaded = model is self._model, self._loaded
         if again and not loaded:
-            self._absorb()
+            self._place()
+            self._absorb(list(self._shown))
             self.step = self._next = 0
         super().attach(model, *optimizers, horizon=horizon, seed=seed)
         if loaded:
@@ -70,8 +74,8 @@ class Learned(Sparsifier):
 
     def detach(self) -> None:
         super().detach()
-        self.dense, self._hidden, self._noted = {}, {}, {}
-        self.step, self._next, self._shown = 0, 0, "masked"
+        self.dense, self._hidden, self._noted, self._shown = {}, {}, {}, {}
+        self.step, self._next, self._stepping = 0, 0, []
 
     def plan(self, horizon: Horizon) -> Plan:
         return {0: self.sparsity}
@@ -79,7 +83,8 @@ class Learned(Sparsifier):
     def first_masks(self) -> Masks:
         """All weights; the dense ones are those the model has now."""
         self.dense = {name: shards.local(weight.detach()).clone() for name, weight in self.weights().items()}
-        self.step, self._next, self._shown = 0, 0, "masked"
+        self._shown = dict.fromkeys(self.dense, "masked")
+        self.step, self._next, self._stepping = 0, 0, []
         return masks.full(self.weights())
 
     def renew(self, found: Masks, step: int) -> None:
@@ -89,40 +94,59 @@ class Learned(Sparsifier):
     def check_budget(self) -> None:
         """The pattern is the budget."""
 
+    @torch.no_grad()
+    def begin(self, step: int) -> None:
+        """Training goes on at this step."""
+        if step != self.step:
+            self.step = self._next = step
+            self._renew_masks()
+
     def relax(self) -> None:
         """Before the forward pass of training: what it uses, where that is more than the masks keep."""
 
-    def observe(self) -> None:
-        """Dense weights and the gradients of the sparse ones are there: what a method makes of them."""
+    def observe(self, names: list[str]) -> None:
+        """The gradients of what is shown of these weights are there: what a method makes of them."""
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After backward and before the optimizer's step: dense weights, unless a gradient is not finite."""
+    def update(self, step: int, optimizer: Optimizer | None = None) -> None:
+        """After backward and before the optimizer's step: dense weights, unless a gradient is not finite.
+
+        With an optimizer, only of the weights that it holds.
+        """
+        held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._mover = optimizer
+        self._stepping = [name for name, each in self.weights().items() if held is None or id(each) in held]
         self._next, self._finite = step + 1, self._gradients_are_finite()
         if self._finite:
-            self.observe()
-            self._show_dense()
-        else:  # no NaN must get into the momentum of pruned weights, which would bring it back
-            self.settle()
-            self._upkeep.mask_gradients(self.weights(), self.masks)
+            self.observe(self._stepping)
+            self._show_dense(self._stepping)
+        else:
+            self.endure(self._stepping)
+
+    def endure(self, names: list[str]) -> None:
+        """Gradients are not finite: no NaN must get into the momentum of pruned weights, which would bring it back."""
+        self._show_masked([name for name in names if self._shown[name] != "masked"])
+        weights = self.weights()
+        self._upkeep.mask_gradients({name: weights[name] for name in names}, self.masks)
 
     @torch.no_grad()
     def apply(self) -> None:
         """After the optimizer's step: new masks, and the sparse weights."""
-        self._absorb()
-        self.step = self._next
+        self._absorb(self._stepping)
+        self.step = max(self.step, self._next)
         if self._finite:
             self._renew_masks()
         else:  # weights that may be NaN by now have no order
-            self._show_masked()
+            self._show_masked(self._stepping)
+        self._stepping = []
 
     @torch.no_grad()
     def settle(self) -> None:
         """After a batch: the sparse weights, also where the optimizer's step was skipped."""
-        if self._shown == "dense":
-            self._absorb()
-        if self._shown != "masked":
-            self._show_masked()
+        self._reshard()
+        other = [name for name, shown in self._shown.items() if shown != "masked"]
+        self._absorb([name for name in other if self._shown[name] == "dense"])
+        self._show_masked(other)
 
     @torch.no_grad()
     def enforce(self) -> None:
@@ -133,6 +157,13 @@ class Learned(Sparsifier):
     def explored(self) -> float:
         """All weights are trained."""
         return 1.0
+
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        """What a checkpoint has of a weight, also in the middle of a batch: what the masks keep of the dense one."""
+        if self._shown.get(name, "masked") == "masked":
+            return super().stored(name, value)
+        kept = torch.where(self.masks[name], self._whole(name), 0).to(value.dtype)
+        return shards.like(shards.local_part(kept, value), value) if shards.is_spread(value) else kept
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, counters, and the dense weights that the masks hide."""
@@ -145,8 +176,8 @@ class Learned(Sparsifier):
                 f"the saved state has no dense weights, which {type(self).__name__} trains: it is of another method. "
                 "Load the checkpoint's weights (--weights) and start anew"
             )
-        self._hidden, self.step, self._shown = dict(state["hidden"]), int(state["step"]), "masked"
-        self._next = self.step
+        self._hidden, self.step = dict(state["hidden"]), int(state["step"])
+        self._next, self._shown = self.step, dict.fromkeys(self._shown, "masked")
         super().load_state_dict(state)
         if self._model is not None:
             self._unhide()
@@ -156,38 +187,51 @@ class Learned(Sparsifier):
         made = max(0, self.step - 1)  # the step that was made; before the first, that one
         due = self._due(made)
         self.renewed = self.renewed if due is None else due
-        self.masks = self.new_masks(1 - self.target(made), made)
-        self._show_masked()
+        found = self.new_masks(1 - self.target(made), made)
+        # Those that another optimizer has yet to move are still in use.
+        ready = [name for name, shown in self._shown.items() if shown != "relaxed"]
+        self.masks = {**self.masks, **{name: found[name] for name in ready}}
+        self._show_masked(ready)
         if due is not None or self.step % NOTED == 0 or not self._noted:
             self.history.record(self.step, self.masks, self._noted or self.masks, self.explored())
             self._noted = self.masks
 
-    def _show_dense(self) -> None:
-        if self._shown == "masked":  # someone else may have written to what is kept
-            self._absorb()
-        for name, weight in self.weights().items():
+    def _show_dense(self, names: list[str]) -> None:
+        # Someone else may have written to what is kept.
+        self._absorb([name for name in names if self._shown[name] == "masked"])
+        for name, weight in self._some(names):
             shards.local(weight).copy_(self.dense[name])
-        self._shown = "dense"
+            self._shown[name] = "dense"
 
-    def _absorb(self) -> None:
+    def _absorb(self, names: list[str]) -> None:
         """The dense weights become those of the model, or what it shows of them."""
-        for name, weight in self.weights().items():
-            if self._shown == "dense":
+        for name, weight in self._some(names):
+            if self._shown[name] == "dense":
                 self.dense[name].copy_(shards.local(weight))
-            elif self._shown == "masked":
+            elif self._shown[name] == "masked":
                 kept = shards.local_part(self.masks[name], weight)
                 torch.where(kept, shards.local(weight), self.dense[name], out=self.dense[name])
 
-    def _show_masked(self) -> None:
-        for name, weight in self.weights().items():
+    def _show_masked(self, names: list[str]) -> None:
+        for name, weight in self._some(names):
             kept, dense = shards.local_part(self.masks[name], weight), self.dense[name]
             torch.where(kept, dense, dense.new_zeros(()), out=shards.local(weight))  # a product would let NaN through
-        self._shown = "masked"
+            self._shown[name] = "masked"
+
+    def _some(self, names: list[str]) -> list[tuple[str, Parameter]]:
+        weights = self.weights()
+        return [(name, weights[name]) for name in names]
 
     def _whole(self, name: str) -> Tensor:
         """The whole dense weight."""
         weight = self.weights()[name]
         return shards.whole(shards.like(self.dense[name], weight)) if shards.is_spread(weight) else self.dense[name]
+
+    def _place(self) -> None:
+        """Dense weights and masks on the devices where the model's are now."""
+        for name, weight in self.weights().items():
+            self.dense[name] = self.dense[name].to(weight.device)
+            self.masks[name] = self.masks[name].to(weight.device)
 
     def _unhide(self) -> None:
         """Dense weights from a saved state: the model has those that the masks keep."""
@@ -197,7 +241,9 @@ class Learned(Sparsifier):
                 raise InputError(f"the saved state lacks the pruned weights of '{name}': it is for another model")
             whole = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
             whole[pruned] = hidden.to(whole)
-            self.dense[name] = shards.local(weight.detach()) + shards.local_part(whole, weight)
+            part = shards.local_part(whole, weight)
+            self.dense[name] = torch.where(shards.local_part(pruned, weight), part, shards.local(weight.detach()))
+        self._shown = dict.fromkeys(self.dense, "masked")
         self._hidden, self._noted = {}, self.masks
 
 
@@ -246,17 +292,17 @@ class StraightThrough(Learned):
     def relax(self) -> None:
         """Pruned weights take part by the relaxation's share."""
         share = self.relaxation.share(self.step, self._end)
-        if share == 0 or self._shown != "masked":
-            return
-        self._absorb()
-        for name, weight in self.weights().items():
+        names = [name for name, shown in self._shown.items() if shown == "masked"] if share else []
+        self._reshard()
+        self._absorb(names)
+        for name, weight in self._some(names):
             kept = shards.local_part(self.masks[name], weight)
             shards.local(weight).copy_(torch.where(kept, self.dense[name], self.dense[name] * share))
-        self._shown = "relaxed"
+            self._shown[name] = "relaxed"
 
-    def observe(self) -> None:
+    def observe(self, names: list[str]) -> None:
         """Adds the decay of pruned weights to their gradients."""
-        for name, weight in self.weights().items() if self.decay else ():
+        for name, weight in self._some(names) if self.decay else ():
             if weight.grad is not None:
                 kept = shards.local_part(self.masks[name], weight)
                 shards.local(weight.grad).add_(self.dense[name].masked_fill(kept, 0), alpha=self.decay)

@@ -14,7 +14,7 @@ from sparsity.calibration import Calibration, Inputs, Run, collect, evaluating, 
 from sparsity.distributions import Distribution, Uniform
 from sparsity.errors import InputError
 from sparsity.masks import Masks
-from sparsity.ops import largest
+from sparsity.ops import largest, whole_digits
 from sparsity.patterns import NM, Pattern, Unstructured
 from sparsity.permutation import permute_mlps
 from sparsity.schedules import Constant
@@ -77,6 +77,11 @@ class SparseGPT(Calibrated):
     def prune(self, weight: Tensor, inputs: Inputs, pattern: Pattern, count: int) -> tuple[Tensor, Tensor]:
         if type(pattern) not in (Unstructured, NM):
             raise InputError(f'SparseGPT prunes "unstructured" or "N:M", got "{pattern.name}"')
+        if isinstance(pattern, NM) and count != pattern.least(tuple(weight.shape)):
+            raise InputError(
+                f"SparseGPT prunes to {pattern.name} exactly, which is sparsity={1 - pattern.n / pattern.m:g}, "
+                f"got {1 - count / weight.numel():.4g}"
+            )
         assert inputs.sums is not None
         matrix = _matrix(weight.detach()).float()
         parts = matrix.chunk(len(inputs.sums))
@@ -187,7 +192,7 @@ class OneShotSparsifier(Sparsifier):
         assert model is not None
         if any(map(shards.is_spread, self.weights().values())):
             raise InputError("one-shot pruning with data wants whole weights: prune before they are sharded")
-        with evaluating(model):
+        with evaluating(model), whole_digits():
             if self.calibration.permute:
                 permute_mlps(model, self.weights(), self.pattern)
             counts = self._shares(model, density)
@@ -237,7 +242,7 @@ class OneShotSparsifier(Sparsifier):
         """The calibration batches: the same at each call, also of a loader that shuffles, and at no cost to others."""
         assert self.batches is not None
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # `manual_seed` would also seed the GPUs, for good
             yield from islice(self.batches(), self.calibration.batches)
 
 

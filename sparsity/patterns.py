@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsity.errors import InputError
 from sparsity.masks import Masks
-from sparsity.ops import largest
+from sparsity.ops import largest, whole_digits
 
 ROWS = 1 << 20  # weights ranked together inside their groups: what bounds the extra memory
 COMPARED = 16  # up to this many weights of a group are ranked by comparing all pairs
@@ -308,7 +308,8 @@ def _tiles() -> Tensor:
 
 def _best_tiles(scores: Tensor) -> Tensor:
     table = _tiles().to(scores)
-    return table[(scores @ table.T).argmax(1)].bool()
+    with whole_digits():
+        return table[(scores @ table.T).argmax(1)].bool()
 
 
 def _greedy_tiles(scores: Tensor) -> Tensor:

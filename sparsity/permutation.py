@@ -48,7 +48,7 @@ def best_order(score: Tensor, pattern: NM, seed: int = 0) -> Tensor:
     m, width = pattern.m, score.shape[1]
     order = torch.arange(width, device=score.device)
     groups, idle = width // m, 0
-    if groups < 2 or m > 8:
+    if groups < 2:
         return order
     ways = _ways(m).to(score.device)
     generator = torch.Generator().manual_seed(seed)
@@ -86,9 +86,15 @@ def _highest(values: Tensor, pattern: NM) -> Tensor:
 
 
 def _ways(m: int) -> Tensor:
-    """All ways to share 2 m columns between two groups, [ways, 2 m]; the first leaves them where they are."""
+    """Ways to share 2 m columns between two groups, [ways, 2 m]; the first leaves them where they are.
+
+    All of them up to groups of 4, and beyond that those that exchange one column for one.
+    """
     every = range(2 * m)
     with_first = [(0, *rest) for rest in combinations(range(1, 2 * m), m - 1)]
+    if m > 4:
+        kept = set(range(m))
+        with_first = [tuple(kept), *(tuple(sorted(kept - {i} | {j})) for i in range(m) for j in range(m, 2 * m))]
     return torch.tensor([[*one, *(column for column in every if column not in one)] for one in with_first])
 
 

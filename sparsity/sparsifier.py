@@ -63,6 +63,7 @@ class Sparsifier:
         self.history = History()
         self._owners: dict[str, tuple[nn.Module, str]] = {}
         self._turned: frozenset[str] = frozenset()  # those whose first axis is the input's
+        self._sharded: list[Any] = []  # FSDP2's modules
         self._upkeep = Upkeep()
         self._plan: Plan = {}
         self._steps: list[int] = []
@@ -79,6 +80,7 @@ class Sparsifier:
         """
         shards.refuse_flattened(model)
         self.model = model
+        self._sharded = [each for each in model.modules() if hasattr(each, "reshard") and hasattr(each, "unshard")]
         weights = self.targets.select(model)
         self._owners = {name: _owner(model, weight) for name, weight in weights.items()}
         self._turned = frozenset(name for name, (module, _) in self._owners.items() if is_transposed(module))
@@ -91,7 +93,10 @@ class Sparsifier:
         if loaded:
             self.masks = self._placed(self.masks)
         elif model is not self._model:
-            self.masks, self.renewed, self.seed, self.history = self.first_masks(), -1, seed, History()
+            self.seed, self.renewed, self.history = seed, -1, History()
+            self.masks = self.first_masks()
+        else:  # on another device, perhaps
+            self.masks = {name: self.masks[name].to(weight.device) for name, weight in weights.items()}
         self._model = model
         renews = not self.score.needs_gradient and not loaded
         if not (renews and self._due(0) == self.last_renewal()):  # that renewal finds out by itself
@@ -105,11 +110,11 @@ class Sparsifier:
         self.model, self._model, self._owners, self._upkeep = None, None, {}, Upkeep()
         self.masks, self.renewed, self.history = {}, -1, History()
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, optimizer: Optimizer | None = None) -> None:
         """After backward and before the optimizer's step number `step`: renews the masks when due, masks the gradients.
 
         Where a gradient of the model is not finite, the masks stay as they are and the renewal is made up for at the
-        next step.
+        next step. Which `optimizer` is about to step, of several, matters to learned masks.
         """
         if self._due(step) is not None and self._gradients_are_finite():
             self._renew_if_due(step)
@@ -122,6 +127,9 @@ class Sparsifier:
         """
         self._upkeep.after_step(self.weights(), self.masks)
 
+    def begin(self, step: int) -> None:
+        """Training begins or goes on at this step, where a trainer counts on over several fits."""
+
     def relax(self) -> None:
         """Before the forward pass of training. Methods that train through more than the masks keep show it here."""
 
@@ -130,7 +138,16 @@ class Sparsifier:
 
     def enforce(self) -> None:
         """At any time, whoever wrote to the weights: pruned weights and their optimizer state become exactly zero."""
+        self._reshard()
         self._upkeep.enforce(self.weights(), self.masks)
+
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        """What a checkpoint has of a weight: an averaging callback may have put its own in the model's place."""
+        mask = self.masks[name].to(value.device)
+        # Weights that are spread over processes are the model's own: no averaging callback has them.
+        if shards.is_spread(value) or not bool(value[~mask].any()):
+            return value
+        return torch.where(mask, value, 0)
 
     def density(self) -> float:
         """The fraction of target weights that the masks keep."""
@@ -236,6 +253,11 @@ class Sparsifier:
     def _counts(self, scores: Scores, density: float, most: dict[str, int]) -> dict[str, int]:
         """How many weights each layer keeps: the distribution's word, within what the pattern and `most` allow."""
         return self.pattern.fit(self.distribution(scores, density), scores.shapes, most)
+
+    def _reshard(self) -> None:
+        """FSDP2 leaves the weights of its root whole after an evaluation: parts are what is written to."""
+        for module in self._sharded:
+            module.reshard()
 
     def _size(self) -> int:
         return sum(weight.numel() for weight in self.weights().values())

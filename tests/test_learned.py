@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from sparsity.learned import Learned, StraightThrough
 from sparsity.ops import gumbel_nm_mask
 from sparsity.patterns import NM, nm_mask, to_groups
 from sparsity.relaxation import ExponentialDecay, Geometric, LinearDecay, Relaxation, Stepwise
-from tests.nets import Batches, adamw, sgd, task, trainer
+from tests.nets import Batches, SaveEpochs, Task, adamw, sgd, task, trainer
 
 HORIZON = Horizon(steps=20, per_epoch=10)
 
@@ -80,6 +81,7 @@ def test_logits_gradients_are_autograds(frozen: bool) -> None:
     sparsifier.attach(model, optimizer, horizon=HORIZON, seed=4)
     for number in range(3):
         temperature, scale, weight_of_energy = annealing.at(number / 19)
+        sparsifier.relax()
         dense = {name: w.clone().requires_grad_() for name, w in sparsifier.dense.items()}
         logits = {name: each.detach().clone().requires_grad_() for name, each in sparsifier.logits.items()}
         shown = {
@@ -91,7 +93,6 @@ def test_logits_gradients_are_autograds(frozen: bool) -> None:
         retained = sum((dense[name].detach() * (shown[name] / dense[name])).square().sum() for name in dense)
         torch.autograd.backward(total - weight_of_energy * retained, inputs=list(logits.values()), retain_graph=True)
 
-        sparsifier.relax()
         torch.autograd.backward(loss(model, data))
         sparsifier.update(number)
         for name, each in sparsifier.logits.items():
@@ -470,6 +471,172 @@ def test_nan_in_what_is_pruned_is_not_shown(name: str) -> None:
     sparsifier.relax()
     for key, mask in sparsifier.masks.items():
         sparsifier.dense[key][~mask] = float("nan")
-    sparsifier._shown = "relaxed"
+    sparsifier._shown = dict.fromkeys(sparsifier.masks, "relaxed")
     sparsifier.enforce()
     assert all(bool(torch.isfinite(weight).all()) for weight in sparsifier.weights().values())
+
+
+@every
+def test_two_optimizers_of_one_backward_pass_are_one_of_both(name: str) -> None:
+    one, joint = net(), methods()[name]()
+    both = torch.optim.SGD(one.parameters(), 0.1)
+    joint.attach(one, both, horizon=HORIZON)
+    other, parted = net(), methods()[name]()
+    parts = [torch.optim.SGD(each.parameters(), 0.1) for each in (other[0], other[2])]
+    parted.attach(other, *parts, horizon=HORIZON)
+    for number in range(6):
+        step(one, joint, both, number)
+        parted.relax()
+        torch.autograd.backward(loss(other, batch(number)))
+        for optimizer in parts:
+            parted.update(number, optimizer)
+            optimizer.step()
+            parted.apply()
+        for optimizer in parts:
+            optimizer.zero_grad()
+        for mine, its in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(mine, its)
+    assert masks.fingerprint(joint.masks) == masks.fingerprint(parted.masks)
+
+
+def test_a_second_forward_pass_in_the_batch_is_sampled_too() -> None:
+    seen = []
+
+    class Manual(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, data: Any, batch_idx: int) -> Any:
+            optimizer: Any = self.optimizers()
+            for _ in range(2):
+                seen.append(method.sparsifier._shown["net.fc.weight"])
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(data, batch_idx))
+                optimizer.step()
+
+    task()
+    method: Any = GumbelNM("2:4")
+    trainer(method).fit(Manual(), Batches())
+    assert set(seen) == {"relaxed"}
+
+
+@pytest.mark.parametrize("make", [sgd, adamw], ids=["SGD", "AdamW"])
+def test_logits_follow_a_schedule_after_a_resume(make: Any, tmp_path: Path) -> None:
+    class Scheduled(Task):
+        def configure_optimizers(self) -> Any:
+            optimizer = make(self.parameters())
+            return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)}
+
+    found = []
+    for resumed in (False, True):
+        task()
+        model, method = Scheduled(), GumbelNM("2:4")
+        runner = trainer(method, SaveEpochs(tmp_path), epochs=3, enable_checkpointing=True)
+        runner.fit(model, Batches(), ckpt_path=str(tmp_path / "0.ckpt") if resumed else None, weights_only=True)
+        sparsifier: Any = method.sparsifier
+        found.append((sparsifier._optimizer.param_groups[0]["lr"], sparsifier.logits["net.fc.weight"].detach()))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_an_interrupted_batch_leaves_a_checkpoint_of_what_the_masks_keep(tmp_path: Path) -> None:
+    class Breaking(Task):
+        def training_step(self, data: Any, batch_idx: int) -> Tensor:
+            if self.trainer.global_step == 4:
+                self.trainer.save_checkpoint(tmp_path / "middle.ckpt")
+                raise RuntimeError("interrupted")
+            return super().training_step(data, batch_idx)
+
+    task()
+    model, method = Breaking(), GumbelNM("2:4")
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trainer(method, enable_checkpointing=True, default_root_dir=tmp_path).fit(model, Batches())
+    saved = torch.load(tmp_path / "middle.ckpt", weights_only=True)["state_dict"]
+    for state in (saved, model.state_dict()):
+        for name, mask in method.sparsifier.masks.items():
+            assert torch.equal(state[name], start[name] * mask)
+
+
+def test_a_frozen_network_survives_a_gradient_that_is_not_finite() -> None:
+    model = net()
+    start = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    sparsifier = Gumbel("2:4", Prior())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    sparsifier.attach(model, optimizer, horizon=HORIZON)
+    for number in range(4):
+        sparsifier.relax()
+        torch.autograd.backward(loss(model, batch(number)))
+        if number == 2:
+            gradient = sparsifier.weights()["0.weight"].grad
+            assert gradient is not None
+            gradient[0, 0] = float("inf")
+        sparsifier.update(number)
+        optimizer.step()
+        sparsifier.apply()
+        optimizer.zero_grad()
+        for name, weight in model.named_parameters():
+            assert torch.equal(weight.detach(), start[name] * sparsifier.masks.get(name, torch.ones(1)))
+    assert all(torch.equal(sparsifier.dense[name], start[name]) for name in sparsifier.dense)
+
+
+def test_the_seed_decides_the_first_logits() -> None:
+    found = []
+    for seed in (1, 1, 2):
+        model = net()
+        sparsifier = Gumbel("2:4")
+        sparsifier.attach(model, sgd(model.parameters()), horizon=HORIZON, seed=seed)
+        found.append(sparsifier.logits["0.weight"].detach())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_layers_that_are_not_trained_keep_their_first_masks_and_join_later() -> None:
+    model = net()
+    second = model[2].requires_grad_(False)
+    sparsifier = Gumbel("2:4", Prior(), frozen=False)
+    optimizer = torch.optim.SGD(model[0].parameters(), 0.1)
+    sparsifier.attach(model, optimizer, horizon=HORIZON)
+    before = sparsifier.logits["2.weight"].detach().clone()
+    for number in range(3):
+        step(model, sparsifier, optimizer, number)
+        sparsifier.relax()
+        assert (sparsifier._shown["0.weight"], sparsifier._shown["2.weight"]) == ("relaxed", "masked")
+        sparsifier.settle()
+    assert torch.equal(before, sparsifier.logits["2.weight"])
+    second.requires_grad_(True)
+    optimizer.add_param_group({"params": list(second.parameters())})
+    for number in range(3, 8):
+        step(model, sparsifier, optimizer, number)
+    assert not torch.equal(before, sparsifier.logits["2.weight"])
+    with pytest.raises(InputError, match="no optimizer holds a target weight that requires a gradient"):
+        Gumbel("2:4").attach(net().requires_grad_(False), optimizer, horizon=HORIZON)
+
+
+def test_forgetting_to_relax_is_said() -> None:
+    model = net()
+    sparsifier = Gumbel("2:4")
+    sparsifier.attach(model, sgd(model.parameters()), horizon=HORIZON)
+    torch.autograd.backward(loss(model, batch()))
+    with pytest.raises(InputError, match=r"call relax\(\) before the forward pass"):
+        sparsifier.update(0)
+
+
+def test_a_trainer_that_goes_on_goes_on_with_the_annealing() -> None:
+    model, method = task(), GumbelNM("2:4")
+    runner = trainer(method, epochs=2)
+    runner.fit(model, Batches())
+    sparsifier: Any = method.sparsifier
+    assert (method.step, sparsifier.step) == (12, 12)
+    steps = []
+
+    class Noting(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            steps.append((method.step, sparsifier.step))
+
+    runner.callbacks.insert(0, Noting())  # type: ignore[attr-defined]  # set by a connector
+    runner.fit_loop.max_epochs = 3
+    runner.fit(model, Batches())
+    assert steps[0] == (12, 12)
+    assert steps[-1] == (17, 17)

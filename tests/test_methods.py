@@ -112,8 +112,6 @@ class Watch(pl.Callback):
         if trainer.global_step > self.steps:
             self.steps += 1
             assert trainer.global_step == self.steps == self.method.step
-        elif isinstance(sparsifier, Learned):
-            return  # in the middle of an accumulation window training may use more than the masks keep
         weights = dict(pl_module.named_parameters(remove_duplicate=False))
         for name, mask in sparsifier.masks.items():
             assert mask.dtype == torch.bool

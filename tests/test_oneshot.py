@@ -507,3 +507,53 @@ def test_owl_takes_inputs_where_there_is_data_also_for_magnitudes() -> None:
     assert found[0] == found[1]
     weights = {name: each.detach().abs() for name, each in Targets().select(net()).items()}
     assert found[0] != OWL(2.0, 0.2)(weights, 0.5)
+
+
+def test_sparsegpt_says_that_n_m_is_exact() -> None:
+    with pytest.raises(InputError, match=r"SparseGPT prunes to 2:4 exactly, which is sparsity=0.5, got 0.2988"):
+        pruned(net(), 0.3, score=SparseGPT(), pattern="2:4")
+
+
+def test_the_gpus_random_state_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(seed: int) -> None:
+        raise AssertionError("seeds the GPUs")
+
+    sparsifier = OneShotSparsifier(0.5, Wanda())
+    sparsifier.batches = data()
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    assert len(list(sparsifier._data())) == 4
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_calibration_in_fit_is_in_the_trainers_precision(precision: str) -> None:
+    model = task()
+    method = OneShot(0.5, score=Wanda(), targets=Targets(exclude=["*unused*"]))
+    trainer(method, precision=precision).fit(model, Batches())
+    assert method.sparsifier.density() == pytest.approx(0.5, abs=1e-3)
+
+
+def test_several_training_loaders_are_refused() -> None:
+    method = OneShot(0.5, score=Wanda(), targets=Targets(exclude=["*unused*"]))
+    with pytest.raises(InputError, match="calibration reads one training dataloader"):
+        trainer(method).fit(task(), [Batches(), Batches()])
+
+
+def test_a_compiled_network_is_calibrated() -> None:
+    model = net()
+    for block in model.blocks:
+        block.compile(backend="eager")
+    with torch.no_grad():
+        model(torch.randn(3, 16))  # compiled before there are hooks
+    sparsifier = pruned(model, 0.5, score=Wanda())
+    assert masks.fingerprint(sparsifier.masks) == masks.fingerprint(pruned(net(), 0.5, score=Wanda()).masks)
+
+
+def test_products_have_all_of_their_digits() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = pruned(net(), 0.5, score=SparseGPT()).masks
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert masks.fingerprint(found) == masks.fingerprint(pruned(net(), 0.5, score=SparseGPT()).masks)

@@ -17,15 +17,22 @@ from callbacks import SparsityReport
 from sparsity import masks, shards
 from tests.guarantees.columns import Column, Ours, column
 from tests.guarantees.runs import Task, sgd
-from tests.nets import trainer
+from tests.nets import Batch, trainer
 
 
-class Sharded(Task):
-    """The task with each layer sharded over the processes."""
+class Validated(Task):
+    """The task with a validation after each epoch, and one before training."""
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.loss(batch)
+
+
+class Sharded(Validated):
+    """The task with each layer sharded over the processes, the head as a part of the root."""
 
     def configure_model(self) -> None:
         if not shards.is_spread(self.one.weight):
-            for module in (self.one, self.norm, self.two, self.head):
+            for module in (self.one, self.norm, self.two):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]  # the strategy's
             fully_shard(self, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]  # the strategy's
 
@@ -49,7 +56,7 @@ class ZerosEverywhere(pl.Callback):
 
 def fit(method: Column, strategy: str, folder: Path, epochs: int, resume: Path | None = None) -> pl.Trainer:
     """Trains on two processes, with a report if the method is ours, and saves a checkpoint."""
-    model: Task = Sharded(sgd) if strategy == "fsdp2" else Task(sgd)
+    model: Task = Sharded(sgd) if strategy == "fsdp2" else Validated(sgd)
     how: Any = strategy
     if strategy == "fsdp2":
         how = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
@@ -60,7 +67,10 @@ def fit(method: Column, strategy: str, folder: Path, epochs: int, resume: Path |
         *method.callbacks(model), ZerosEverywhere(method), *report,
         epochs=epochs, strategy=how, devices=2, default_root_dir=folder,
     )  # fmt: skip
-    runner.fit(model, DataLoader(data, batch_size=8, shuffle=True), ckpt_path=str(resume) if resume else None)
+    validation = DataLoader(data, batch_size=8)
+    runner.fit(
+        model, DataLoader(data, batch_size=8, shuffle=True), validation, ckpt_path=str(resume) if resume else None
+    )
     if isinstance(method, Ours):
         runner.save_checkpoint(folder / f"{epochs}.ckpt")
     return runner

@@ -88,7 +88,7 @@ class Poisoned(Task):
 
     def __init__(self, column: Column) -> None:
         super().__init__()
-        self.column, self.skipped = column, False
+        self.column, self.poisoned, self.skipped = column, False, False
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.before = {name: mask.clone() for name, mask in self.column.masks(self).items()}
@@ -96,9 +96,10 @@ class Poisoned(Task):
     def on_after_backward(self) -> None:
         if self.trainer.global_step == 2 and self.head.bias.grad is not None:
             self.head.bias.grad[0] = math.nan
+            self.poisoned = True
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if any(p.grad is not None and not torch.isfinite(p.grad).all() for p in self.parameters()):
+        if self.poisoned and not self.skipped:
             self.skipped = True
             assert same(self.before, self.column.masks(self)), "the masks were renewed"
             optimizer.zero_grad()
