@@ -210,13 +210,13 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any], methods: list[str], patterns: list[str]) -> str:
     """Validation losses as Markdown, methods by patterns, and the part of the gap that is closed."""
     rows = {(row["method"], row["pattern"]): row for row in result["summary"]}
-    patterns = list(dict.fromkeys(pattern for _, pattern in rows if pattern != "dense"))
-    lines = ["| method | " + " | ".join(patterns) + " |", "|---" * (len(patterns) + 1) + "|"]
-    for method in dict.fromkeys(method for method, _ in rows):
-        cells = [cell(rows.get((method, pattern), rows.get((method, "dense")))) for pattern in patterns]
+    lines = ["| | " + " | ".join(patterns) + " |", "|---" * (len(patterns) + 1) + "|"]
+    for method in methods:
+        usual = rows.get((method, "dense"))
+        cells = [cell(rows.get((method, pattern), usual)) for pattern in patterns]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -271,7 +271,8 @@ def main() -> None:
             save(path, rows)
     result = save(path, rows)
     figure(result, path.with_suffix(".png"))
-    print(table(result))
+    print(table(result, ["dense", *ONE_SHOT, *LEARNED], list(FROZEN_PATTERNS)))
+    print(table(result, ["dense", *TRAINED], ["2:4", "1:4", "1:8", SCRATCH]))
 
 
 def save(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
