@@ -3,6 +3,7 @@
 The classes work in a `pytorch_lightning` and in a `lightning.pytorch` Trainer.
 """
 
+from .adaptive import HyperSparse
 from .dynamic import SET, GraNet, RigL, SparseMomentum
 from .gradual import GMP, LAMP, GlobalMP
 from .learned import PGF, SRSTE, STE, GumbelNM
@@ -12,6 +13,6 @@ from .sparsify import Sparsify
 from .static import ConstantMask, StaticMask
 
 __all__ = [
-    "ASP", "GMP", "LAMP", "PGF", "SET", "SRSTE", "STE", "ConstantMask", "GlobalMP", "GraNet", "GumbelNM", "OneShot",
-    "RigL", "SparseMomentum", "Sparsify", "SparsityReport", "StaticMask",
+    "ASP", "GMP", "LAMP", "PGF", "SET", "SRSTE", "STE", "ConstantMask", "GlobalMP", "GraNet", "GumbelNM", "HyperSparse",
+    "OneShot", "RigL", "SparseMomentum", "Sparsify", "SparsityReport", "StaticMask",
 ]  # fmt: skip

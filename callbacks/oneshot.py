@@ -64,7 +64,7 @@ class OneShot(Sparsify):
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(self.sparsifier, OneShotSparsifier):
-            self.sparsifier.batches = lambda: _training_batches(trainer, pl_module)
+            self.sparsifier.batches = lambda: training_batches(trainer, pl_module)
             self.sparsifier.forward = partial(_forward, trainer)
         super()._attach(trainer, pl_module)
 
@@ -75,7 +75,7 @@ def _forward(trainer: Trainer, model: nn.Module, batch: Any) -> Any:
         return run(model, batch)
 
 
-def _training_batches(trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
+def training_batches(trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
     """The training batches, on the device and in the precision that a training step gets them in."""
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()

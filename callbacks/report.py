@@ -120,6 +120,7 @@ class SparsityReport(Callback):
                 **(method.sparsifier.history.last() if method and trainer.state.fn == "fit" else {}),
                 "layers": report.layers(found, method.sparsifier.pattern.name if method else "dense"),
             },
+            **(method.story() if method and trainer.state.fn == "fit" else {}),
             "flops": self._flops(pl_module, found),
             "bytes": report.sizes(pl_module, found, weights),
             "versions": {

@@ -170,6 +170,10 @@ class Sparsify(Callback):
         self.step = state_dict["step"]
         self._attached = False
 
+    def story(self) -> dict[str, Any]:
+        """What the report has to say beside the masks: entries of its own."""
+        return {}
+
     def prune(self, pl_module: LightningModule, batches: Callable[[], Iterable[Any]] | None = None) -> None:
         """Prunes the model to the full sparsity at once, outside of any training; by `batches` where data is needed."""
         if self.sparsifier.score.needs_gradient or self.sparsifier.needs_training:

@@ -1,11 +1,12 @@
 """Penalties on weights, as gradients to be added to those of the loss."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from sparsity import shards
 from sparsity.errors import InputError
 from sparsity.ops import kth_largest
 
@@ -28,12 +29,8 @@ def hypersparse_gradient(weights: Sequence[Tensor], sparsity: float, scale: floa
     Raises `InputError` where that weight is zero, or the sparsity does not lie in (0, 1).
     """
     scale = hypersparse_scale(weights, sparsity) if scale is None else scale
-    total, bounded = (
-        math.fsum(float(function(each).sum(dtype=torch.float64)) for each in weights)
-        for function in (torch.abs, lambda weight: torch.tanh(scale * weight.abs()))
-    )
-    factor = scale * total / bounded
-    return [weight.sign() * (1 - torch.tanh(scale * weight).square()) * factor for weight in weights]
+    factor = hypersparse_factor(weights, scale)
+    return [torch.zeros_like(weight).add_(_slope(weight, scale), alpha=factor) for weight in weights]
 
 
 def hypersparse_scale(weights: Iterable[Tensor], sparsity: float) -> float:
@@ -52,11 +49,100 @@ def hypersparse_scale(weights: Iterable[Tensor], sparsity: float) -> float:
     return INFLECTION / quantile
 
 
-def lasso_gradient(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of sum |w| for each weight tensor: its sign, and 0 at 0."""
-    return [weight.sign() for weight in weights]
+def hypersparse_factor(weights: Iterable[Tensor], scale: float) -> float:
+    """s sum(a) / sum(tanh(s a)) over all weights together: the gradient at zero."""
+    total = bounded = 0.0
+    for weight in weights:
+        magnitudes = weight.detach().abs()
+        total += float(magnitudes.sum(dtype=torch.float64))
+        bounded += float(torch.tanh(_wide(magnitudes) * scale).sum(dtype=torch.float64))
+    return scale * total / bounded
 
 
-def ridge_gradient(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of sum w^2 for each weight tensor."""
-    return [2 * weight for weight in weights]
+def _slope(weight: Tensor, scale: float) -> Tensor:
+    """sign(w) sech^2(s w)."""
+    bent = torch.tanh(_wide(weight) * scale)
+    return torch.ops.aten.tanh_backward(_wide(weight.sign()), bent)  # type: ignore[no-any-return]  # a Tensor
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+class Penalty:
+    """A penalty on weights that grows: `strength` times `growth` to the number of epochs since it began.
+
+    The defaults are those of the HyperSparse authors' code. Penalties override `add`, and `prepare` where a weight's
+    gradient depends on the others.
+    """
+
+    def __init__(self, strength: float = 5e-6, growth: float = 1.05) -> None:
+        if strength <= 0 or growth < 1:
+            raise InputError(f"expected {strength=} above 0 and {growth=} of at least 1")
+        self.strength, self.growth = strength, growth
+
+    def at(self, epochs: int) -> float:
+        """The strength after this many epochs."""
+        return self.strength * self.growth**epochs
+
+    def prepare(self, weights: Mapping[str, Tensor], sparsity: float) -> None:
+        """What all weights together say, before each step; weights are whole."""
+
+    def begin(self) -> None:
+        """An epoch begins."""
+
+    def add(self, gradient: Tensor, weight: Tensor, strength: float) -> None:
+        """Adds the penalty's gradient at these weights, times the strength, in place."""
+        raise NotImplementedError(f"{type(self).__name__} defines no gradient")
+
+
+class HyperSparsity(Penalty):
+    """The HyperSparse loss (`hypersparse_gradient`), with its scale and its sums computed anew `every` so many steps.
+
+    The authors' code sorts all weights at every step; between two steps they hardly move. At the start of an epoch the
+    numbers are always new.
+    """
+
+    def __init__(self, strength: float = 5e-6, growth: float = 1.05, every: int = 10) -> None:
+        super().__init__(strength, growth)
+        if every < 1:
+            raise InputError(f"every counts steps and must be at least 1, got {every}")
+        self.every, self._age = every, 0
+        self._scale = self._factor = 0.0
+
+    def begin(self) -> None:
+        self._age = 0
+
+    def prepare(self, weights: Mapping[str, Tensor], sparsity: float) -> None:
+        if self._age % self.every == 0:
+            whole = _Whole(weights)
+            self._scale = hypersparse_scale(whole, sparsity)
+            self._factor = hypersparse_factor(whole, self._scale)
+        self._age += 1
+
+    def add(self, gradient: Tensor, weight: Tensor, strength: float) -> None:
+        gradient.add_(_slope(weight, self._scale), alpha=strength * self._factor)
+
+
+class _Whole:
+    """Weights, each gathered when it is its turn."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = weights
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (shards.whole(weight.detach()) for weight in self.weights.values())
+
+
+class Lasso(Penalty):
+    """The sum of |w| (L1)."""
+
+    def add(self, gradient: Tensor, weight: Tensor, strength: float) -> None:
+        gradient.add_(weight.sign(), alpha=strength)
+
+
+class Ridge(Penalty):
+    """The sum of w^2 (L2)."""
+
+    def add(self, gradient: Tensor, weight: Tensor, strength: float) -> None:
+        gradient.add_(weight, alpha=2 * strength)

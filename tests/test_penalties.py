@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from sparsity import InputError
-from sparsity.penalties import hypersparse_gradient, hypersparse_scale, lasso_gradient, ridge_gradient
+from sparsity.penalties import (
+    HyperSparsity,
+    Lasso,
+    Penalty,
+    Ridge,
+    hypersparse_factor,
+    hypersparse_gradient,
+    hypersparse_scale,
+)
 
 
 def weights(seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -81,11 +89,42 @@ def test_what_has_no_gradient_is_named() -> None:
             hypersparse_gradient(values, sparsity)
 
 
-def test_lasso_and_ridge() -> None:
+@pytest.mark.parametrize(("penalty", "power"), [(Lasso(0.5, 1.2), 1), (Ridge(0.5, 1.2), 2)])
+def test_lasso_and_ridge(penalty: Penalty, power: int) -> None:
     leaves = [value.requires_grad_() for value in weights()]
-    total = torch.stack([leaf.abs().sum() for leaf in leaves]).sum()
-    for one, other in zip(lasso_gradient(leaves), torch.autograd.grad(total, leaves), strict=True):
-        torch.testing.assert_close(one, other)
-    total = torch.stack([leaf.square().sum() for leaf in leaves]).sum()
-    for one, other in zip(ridge_gradient(leaves), torch.autograd.grad(total, leaves), strict=True):
-        torch.testing.assert_close(one, other)
+    total = 0.5 * 1.2**3 * torch.stack([leaf.abs().pow(power).sum() for leaf in leaves]).sum()
+    for leaf, expected in zip(leaves, torch.autograd.grad(total, leaves), strict=True):
+        found = torch.ones_like(leaf)
+        penalty.add(found, leaf.detach(), penalty.at(3))
+        torch.testing.assert_close(found, 1 + expected)
+
+
+def test_the_numbers_of_all_weights_are_new_every_so_many_steps_and_every_epoch() -> None:
+    penalty, values = HyperSparsity(every=3), {str(n): value for n, value in enumerate(weights())}
+    pulls = []
+    for step in range(5):
+        if step == 4:
+            penalty.begin()
+        penalty.prepare(values, 0.9)
+        found = torch.zeros_like(values["0"])
+        penalty.add(found, values["0"], 2.0)
+        pulls.append(found)
+        for value in values.values():
+            value.mul_(1.5)
+    values = {name: value / 1.5**5 for name, value in values.items()}
+    for step, since in enumerate((0, 0, 0, 3, 4)):
+        then = [value * 1.5**since for value in values.values()]
+        now = [value * 1.5**step for value in values.values()]
+        scale = hypersparse_scale(then, 0.9)
+        factor = 2.0 * hypersparse_factor(then, scale)
+        torch.testing.assert_close(pulls[step], factor * now[0].sign() / torch.cosh(scale * now[0]).square())
+
+
+def test_penalties_that_cannot_be_are_refused() -> None:
+    for make in (lambda: Lasso(0.0), lambda: Ridge(growth=0.9)):
+        with pytest.raises(InputError, match="strength"):
+            make()
+    with pytest.raises(InputError, match="every counts steps"):
+        HyperSparsity(every=0)
+    with pytest.raises(NotImplementedError, match="Penalty defines no gradient"):
+        Penalty().add(torch.zeros(1), torch.zeros(1), 1.0)

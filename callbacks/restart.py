@@ -1,0 +1,36 @@
+"""Restart: optimizers and learning rate schedules as they once were, in the middle of training."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+from pytorch_lightning import Trainer
+
+
+class Restart:
+    """The settings of a trainer's optimizers and the state of its schedules at one moment, to go back to.
+
+    Optimizers start again without state, as if they were new; what holds them keeps them.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.groups = [
+            [{key: deepcopy(value) for key, value in group.items() if key != "params"} for group in each.param_groups]
+            for each in trainer.optimizers
+        ]
+        self.schedules = [deepcopy(each.scheduler.state_dict()) for each in trainer.lr_scheduler_configs]
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Goes back to that moment, with the optimizers' state empty."""
+        for optimizer, groups in zip(trainer.optimizers, self.groups, strict=True):
+            optimizer.state.clear()
+            for group, settings in zip(optimizer.param_groups, groups, strict=False):
+                group.update(deepcopy(settings))
+        for config, state in zip(trainer.lr_scheduler_configs, self.schedules, strict=True):
+            config.scheduler.load_state_dict(deepcopy(state))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"groups": deepcopy(self.groups), "schedules": deepcopy(self.schedules)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.groups, self.schedules = list(state["groups"]), list(state["schedules"])
