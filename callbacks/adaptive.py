@@ -7,16 +7,14 @@ from pytorch_lightning import LightningModule, Trainer
 
 from sparsity.adaptive import ADAPTIVE, FINE_TUNING, Adaptive, Phases
 from sparsity.distributions import Distribution
-from sparsity.errors import InputError
 from sparsity.penalties import Penalty
 from sparsity.targets import Targets
 
 from .judge import Judge
-from .restart import Restart
-from .sparsify import Sparsify
+from .staged import Staged
 
 
-class HyperSparse(Sparsify):
+class HyperSparse(Staged):
     """HyperSparse: Glandorf, Kaiser & Rosenhahn, "HyperSparse neural networks" (ICCVW 2023, arXiv 2308.07163).
 
     After a dense warm-up a penalty draws small weights to zero, more with every epoch, until the network is as good on
@@ -54,32 +52,17 @@ class HyperSparse(Sparsify):
     ) -> None:
         super().__init__(Adaptive(sparsity, penalty, phases, distribution, targets))
         self.judge = Judge(measure)
-        self._epochs: int | None = None  # of the trainer, while it is told less
-        self._restart: Restart | None = None
         self._restarted = False
         self._schedules: list[Any] = []  # those that wait for the fine-tuning
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        epochs = trainer.max_epochs
-        if epochs is None or epochs < 1:
-            raise InputError(f"HyperSparse counts epochs: set max_epochs, which is {epochs}")
-        self._epochs = epochs
-        trainer.fit_loop.max_epochs = self.sparsifier.phases.epochs(epochs)[1]
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._give_back(trainer)
-        self._restart = Restart(trainer)
-        super().on_fit_start(trainer, pl_module)
+    def stage_epochs(self, epochs: int) -> int:
+        """Those of the fine-tuning."""
+        return self.sparsifier.phases.epochs(epochs)[1]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0:
             self._restarted = False
-        if trainer.ckpt_path and self.sparsifier.done():  # the run to resume had come to its end
-            trainer.should_stop = True
         if not self._restarted:
             self._suspend(trainer, pl_module)
 
@@ -107,7 +90,6 @@ class HyperSparse(Sparsify):
         super().on_exception(trainer, pl_module, exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._give_back(trainer)
         self._resume_schedules(trainer)
         self.judge.forget()
         super().teardown(trainer, pl_module, stage)
@@ -135,12 +117,6 @@ class HyperSparse(Sparsify):
         pl_module.log("sparsity/quality_dense", dense)
         return pruned, dense
 
-    def _give_back(self, trainer: Trainer) -> None:
-        """The trainer's own number of epochs."""
-        if self._epochs is not None:
-            trainer.fit_loop.max_epochs = self._epochs
-        self._epochs = None
-
     def _suspend(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the schedules away from the trainer: the learning rate is the optimizers' own."""
         if not pl_module.automatic_optimization:
@@ -157,6 +133,6 @@ class HyperSparse(Sparsify):
 
     def _begin_fine_tuning(self, trainer: Trainer) -> None:
         self._resume_schedules(trainer)
-        assert self._restart is not None
-        self._restart(trainer)
+        assert self.restart is not None
+        self.restart(trainer)
         self._restarted = True

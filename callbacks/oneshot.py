@@ -65,11 +65,11 @@ class OneShot(Sparsify):
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(self.sparsifier, OneShotSparsifier):
             self.sparsifier.batches = lambda: training_batches(trainer, pl_module)
-            self.sparsifier.forward = partial(_forward, trainer)
+            self.sparsifier.forward = partial(forward, trainer)
         super()._attach(trainer, pl_module)
 
 
-def _forward(trainer: Trainer, model: nn.Module, batch: Any) -> Any:
+def forward(trainer: Trainer, model: nn.Module, batch: Any) -> Any:
     """A forward pass in the trainer's precision."""
     with trainer.precision_plugin.forward_context():
         return run(model, batch)

@@ -32,5 +32,9 @@ class Restart:
     def state_dict(self) -> dict[str, Any]:
         return {"groups": deepcopy(self.groups), "schedules": deepcopy(self.schedules)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.groups, self.schedules = list(state["groups"]), list(state["schedules"])
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Restart":
+        """What `state_dict` described."""
+        restart = cls.__new__(cls)
+        restart.groups, restart.schedules = deepcopy(state["groups"]), deepcopy(state["schedules"])
+        return restart

@@ -141,13 +141,18 @@ class Iterative(Schedule):
 
     def plan(self, sparsity: float, horizon: Horizon) -> Plan:
         start, end = horizon.step(self.start, "start"), horizon.step(self.end, "end")
-        # The tolerance keeps 1 - 0.8^3 = 0.488 at three rounds where the logarithms say 3.0000000001.
-        rounds = max(1, math.ceil(math.log(1 - sparsity) / math.log(1 - self.rate) - 1e-9))
+        levels = rounds(sparsity, self.rate)
         if start > end:
             raise InputError(f"start={self.start!r} (step {start}) must not come after end={self.end!r} (step {end})")
-        steps = [start + round(k * (end - start) / max(1, rounds - 1)) for k in range(rounds)]
-        levels = [1 - (1 - self.rate) ** k for k in range(1, rounds)] + [sparsity]
+        steps = [start + round(k * (end - start) / max(1, len(levels) - 1)) for k in range(len(levels))]
         return dict(zip(steps, levels, strict=True))
+
+
+def rounds(sparsity: float, rate: float) -> list[float]:
+    """The sparsities after rounds that each remove `rate` of what remains; the last one is `sparsity`."""
+    # The tolerance keeps 1 - 0.8^3 = 0.488 at three rounds where the logarithms say 3.0000000001.
+    count = max(1, math.ceil(math.log(1 - sparsity) / math.log(1 - rate) - 1e-9))
+    return [1 - (1 - rate) ** k for k in range(1, count)] + [sparsity]
 
 
 class ConstantDrop:

@@ -227,7 +227,7 @@ def test_what_cannot_be_is_said_before_training() -> None:
     with pytest.raises(InputError, match="take 12 and 3 of 10"):
         Adaptive(0.9, phases=Phases("12ep", "3ep")).attach(model, horizon=HORIZON)
     with pytest.raises(InputError, match=r"warm_up is in epochs .* got 100"):
-        Adaptive(0.9, phases=Phases(100, "3ep")).attach(model, horizon=HORIZON)  # type: ignore[arg-type]  # on purpose
+        Adaptive(0.9, phases=Phases(100, "3ep")).attach(model, horizon=HORIZON)
     with pytest.raises(InputError, match="set max_epochs"):
         Adaptive(0.9).attach(model)
     with pytest.raises(InputError, match="window counts epochs"):

@@ -23,6 +23,7 @@ ALLOWED = {
     "penalties": {"errors", "ops", "shards"}, "relaxation": {"errors", "patterns", "schedules"},
     "permutation": {"patterns"},
     "calibration": {"errors", "targets"}, "moments": {"errors", "shards", "targets"},
+    "lottery": {"distributions", "errors", "moments", "schedules", "scores", "sparsifier", "targets"},
     "adaptive": {"distributions", "errors", "masks", "moments", "penalties", "schedules", "scores", "shards",
                  "sparsifier", "targets"},
     "learned": {"errors", "masks", "shards", "targets", "scores", "distributions", "patterns", "relaxation",

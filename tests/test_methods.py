@@ -17,11 +17,13 @@ from callbacks import (
     SET,
     SRSTE,
     STE,
+    SWAMP,
     ConstantMask,
     GlobalMP,
     GraNet,
     GumbelNM,
     HyperSparse,
+    IterativeMagnitude,
     OneShot,
     RigL,
     SparseMomentum,
@@ -34,6 +36,7 @@ from sparsity.distributions import ER, ERK, Uniform, UniformPlus
 from sparsity.dynamic import Dynamic
 from sparsity.gumbel import Annealing, Prior
 from sparsity.learned import Learned
+from sparsity.lottery import Lottery, Particles
 from sparsity.penalties import HyperSparsity, Lasso
 from sparsity.redistribution import InPlace, Proportional
 from sparsity.relaxation import Geometric, LinearDecay, Stepwise
@@ -85,6 +88,9 @@ METHODS: dict[str, Callable[[], Sparsify]] = {
     "ASP": lambda: ASP("2:4"),
     "HyperSparse": lambda: HyperSparse(0.9, HyperSparsity(1e-5), Phases(0.0, 0.5, 0), measure="loss"),
     "HyperSparse, L1": lambda: HyperSparse(0.9, Lasso(1e-5), Phases("1ep", "1ep", 0), distribution=ERK()),
+    "IterativeMagnitude": lambda: IterativeMagnitude(0.6, rate=0.5),
+    "IterativeMagnitude, rewound": lambda: IterativeMagnitude(0.5, rate=0.5, rewind="1ep", distribution=ERK()),
+    "SWAMP": lambda: SWAMP(0.8, rate=0.8, rewind="1ep", particles=Particles(1, 1.0)),
     "GraNet from dense": lambda: GraNet(sparsity=0.9, initial=0.0, end=0.7, drops=CosineDrop(0.5, 1, 1.0, 0.005)),
 }
 SITUATIONS: dict[str, dict[str, Any]] = {
@@ -236,7 +242,7 @@ def test_resume_equals_the_uninterrupted_run(
     second.fit(again, Batches(), ckpt_path=str(tmp_path / f"{epoch}.ckpt"), weights_only=True)
 
     assert watch.steps == resumed.step == method.step == whole.global_step
-    assert whole.global_step == 24 or isinstance(method.sparsifier, Adaptive), "only these end by themselves"
+    assert whole.global_step == 24 or isinstance(method.sparsifier, Adaptive | Lottery), "only these end by themselves"
     assert masks.fingerprint(resumed.sparsifier.masks) == masks.fingerprint(method.sparsifier.masks)
     assert parameters_equal(again, model)
     states = [run.optimizers[0].state_dict()["state"] for run in (whole, second)]
