@@ -1,8 +1,5 @@
 """Judge: how good a network is on the training data, while it trains and as it stands."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
@@ -10,12 +7,11 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from torchmetrics import Metric
 
 from sparsity.calibration import evaluating
 from sparsity.errors import InputError
 
-from .oneshot import training_batches
+from .passes import training_batches, training_loss
 
 MEASURES = ("accuracy", "loss")
 
@@ -84,16 +80,14 @@ class Judge:
     def of(self, trainer: Trainer, module: LightningModule) -> float:
         """The quality of the module as it stands, in eval mode, over the training batches."""
         total, count = (torch.zeros((), dtype=torch.float64, device=_place(module)) for _ in range(2))
-        with isolate_rng(), evaluating(module), _aside(module), torch.no_grad():
+        with isolate_rng(), evaluating(module), torch.no_grad():
             for number, batch in enumerate(training_batches(trainer, module)):
                 with trainer.precision_plugin.forward_context():
                     if self.measure == "accuracy":
                         right = hits(module(batch[0]), batch)
                         total, count = total + right.sum(), count + right.numel()
                     else:
-                        total, count = total - _loss(module, batch, number), count + 1
-                if number + 1 == trainer.num_training_batches:
-                    break
+                        total, count = total - training_loss(module, batch, number), count + 1
         self._outputs = None
         return _mean(trainer, total, count)
 
@@ -115,37 +109,6 @@ def hits(outputs: Tensor, batch: Any) -> Tensor:
         f'measure="accuracy" wants batches (inputs, integer labels) and outputs with one more axis, the classes; got '
         f'outputs of shape {tuple(outputs.shape)} and {got}: take measure="loss"'
     )
-
-
-def _loss(module: LightningModule, batch: Any, number: int) -> Tensor:
-    more = {"batch_idx": number} if "batch_idx" in signature(module.training_step).parameters else {}
-    outputs = module.training_step(batch, **more)
-    found = outputs["loss"] if isinstance(outputs, dict) else outputs
-    assert isinstance(found, Tensor)
-    return found.detach()
-
-
-@contextmanager
-def _aside(module: LightningModule) -> Iterator[None]:
-    """What a step logs and counts is forgotten."""
-    metrics = [
-        (parent, name, child)
-        for parent in module.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, Metric)
-    ]
-    names = ("log", "log_dict")
-    try:
-        for parent, name, metric in metrics:
-            setattr(parent, name, metric.clone())
-        for name in names:
-            object.__setattr__(module, name, lambda *_, **__: None)
-        yield
-    finally:
-        for name in names:
-            object.__delattr__(module, name)
-        for parent, name, metric in metrics:
-            setattr(parent, name, metric)
 
 
 def _place(module: LightningModule) -> torch.device:

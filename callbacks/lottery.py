@@ -11,7 +11,7 @@ from sparsity.distributions import Distribution
 from sparsity.lottery import Lottery, Particles
 from sparsity.targets import Targets
 
-from .oneshot import forward, training_batches
+from .passes import forward, training_batches
 from .restart import Restart
 from .staged import Staged
 

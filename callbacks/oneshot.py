@@ -1,13 +1,13 @@
 """One-shot pruning: once, and then training goes on."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
-from sparsity.calibration import Calibration, run
+from sparsity.calibration import Calibration
 from sparsity.distributions import Distribution, Uniform
 from sparsity.errors import InputError
 from sparsity.oneshot import OneShotSparsifier
@@ -17,6 +17,7 @@ from sparsity.scores import Magnitude, Score
 from sparsity.sparsifier import Sparsifier
 from sparsity.targets import Targets
 
+from .passes import forward, training_batches, training_loss
 from .sparsify import Sparsify
 
 Batches = Callable[[], Iterable[Any]]
@@ -26,7 +27,8 @@ class OneShot(Sparsify):
     """Prunes once, before the first step if not told otherwise, and keeps the masks.
 
     With `Wanda()`, `SparseGPT()`, `OWL()` or a `Calibration`, a trained network is pruned block by block by what its
-    layers are given on some batches of the training data: `python train.py oneshot`, or at the start of a `fit`.
+    layers are given on some batches of the training data: `python train.py oneshot`, or at the start of a `fit`. With
+    `SNIP()`, `GraSP()` or `SynFlow()` a network is pruned before it is trained, the first two by such batches too.
 
     Args:
         sparsity: fraction of zeros over all targets, in [0, 1).
@@ -59,32 +61,20 @@ class OneShot(Sparsify):
     def prune(self, pl_module: LightningModule, batches: Batches | None = None) -> None:
         """Prunes the model to the full sparsity at once, outside of any training, by these batches."""
         if isinstance(self.sparsifier, OneShotSparsifier):
-            self.sparsifier.batches = batches
+            self.sparsifier.batches, self.sparsifier.loss = batches, training_loss
         super().prune(pl_module)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(self.sparsifier, OneShotSparsifier):
             self.sparsifier.batches = lambda: training_batches(trainer, pl_module)
             self.sparsifier.forward = partial(forward, trainer)
+            self.sparsifier.loss = partial(_loss, trainer)
         super()._attach(trainer, pl_module)
 
 
-def forward(trainer: Trainer, model: nn.Module, batch: Any) -> Any:
-    """A forward pass in the trainer's precision."""
+def _loss(trainer: Trainer, model: nn.Module, batch: Any) -> Tensor:
     with trainer.precision_plugin.forward_context():
-        return run(model, batch)
-
-
-def training_batches(trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
-    """The training batches, on the device and in the precision that a training step gets them in."""
-    if trainer.train_dataloader is None:
-        trainer.fit_loop.setup_data()
-    if isinstance(trainer.train_dataloader, list | tuple | dict):
-        raise InputError("calibration reads one training dataloader, and there are several: use `train.py oneshot`")
-    for batch in trainer.train_dataloader or ():
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        return training_loss(model, batch)
 
 
 class ASP(Sparsify):

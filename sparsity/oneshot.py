@@ -13,6 +13,7 @@ from sparsity import masks, shards
 from sparsity.calibration import Calibration, Inputs, Run, collect, evaluating, recompute_norms, run, stages
 from sparsity.distributions import Distribution, Uniform
 from sparsity.errors import InputError
+from sparsity.initial import Loss, NetworkScore
 from sparsity.masks import Masks
 from sparsity.ops import largest, whole_digits
 from sparsity.patterns import NM, Pattern, Unstructured
@@ -169,6 +170,7 @@ class OneShotSparsifier(Sparsifier):
         self.calibration = calibration or Calibration()
         self.batches: Callable[[], Iterable[Any]] | None = None
         self.forward: Run = run
+        self.loss: Loss = _cross_entropy  # of scores at initialisation
 
     def check_budget(self) -> None:
         """Raises `InputError` if there is no data, or the sparsity cannot be met."""
@@ -182,7 +184,11 @@ class OneShotSparsifier(Sparsifier):
 
     def needs_data(self) -> bool:
         """Whether there is something to learn from data."""
-        return isinstance(self.score, Calibrated) or self.distribution.needs_inputs or self.calibration.norms
+        return (
+            isinstance(self.score, Calibrated | NetworkScore)
+            or self.distribution.needs_inputs
+            or self.calibration.norms
+        )
 
     @torch.no_grad()
     def new_masks(self, density: float, step: int) -> Masks:
@@ -192,6 +198,8 @@ class OneShotSparsifier(Sparsifier):
         assert model is not None
         if any(map(shards.is_spread, self.weights().values())):
             raise InputError("one-shot pruning with data wants whole weights: prune before they are sharded")
+        if isinstance(self.score, NetworkScore):
+            return self._by_network(model, self.score, density)
         with evaluating(model), whole_digits():
             if self.calibration.permute:
                 permute_mlps(model, self.weights(), self.pattern)
@@ -201,6 +209,19 @@ class OneShotSparsifier(Sparsifier):
                 weight.masked_fill_(~found[name], 0)
             if self.calibration.norms:
                 recompute_norms(model, self._data(), self.forward)
+        return found
+
+    def _by_network(self, model: nn.Module, score: NetworkScore, density: float) -> Masks:
+        """In rounds, each of which leaves the same part of the weights; the model's stay as they are until the end."""
+        found, weights = masks.full(self.weights()), self.weights()
+        before = {name: weight.clone() for name, weight in weights.items()}
+        for number in track(range(score.rounds), "pruning", transient=True, disable=not sys.stderr.isatty()):
+            scores: Any = _Table(score.of(model, weights, self._data(), self.loss), found, self)
+            counts = self._counts(scores, density ** ((number + 1) / score.rounds), masks.counts(found))
+            chosen = self.pattern.masks(scores, counts)
+            found = {name: self.facing(name, mask).contiguous() for name, mask in chosen.items()}
+            for name, weight in weights.items():
+                weight.copy_(before[name].masked_fill(~found[name], 0))
         return found
 
     def _by_scores(self, counts: dict[str, int]) -> Masks:
@@ -244,6 +265,33 @@ class OneShotSparsifier(Sparsifier):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)  # `manual_seed` would also seed the GPUs, for good
             yield from islice(self.batches(), self.calibration.batches)
+
+
+class _Table(Mapping[str, Tensor]):
+    """Scores that are there, outputs before inputs; -inf where a weight is pruned."""
+
+    def __init__(self, scores: dict[str, Tensor], kept: Masks, owner: Sparsifier) -> None:
+        self.shapes = {name: tuple(owner.facing(name, score).shape) for name, score in scores.items()}
+        self._scores = {}
+        for name, score in scores.items():
+            if not bool(torch.isfinite(score).all()):
+                raise InputError(f"'{name}' cannot be ranked: {type(owner.score).__name__} scores it NaN or infinite")
+            self._scores[name] = owner.facing(name, score.masked_fill(~kept[name], -torch.inf))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._scores[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._scores)
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+
+def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    """The loss of a plain model on a batch (inputs, labels)."""
+    inputs, labels = batch
+    return nn.functional.cross_entropy(model(inputs), labels)
 
 
 class _ByInputs(Mapping[str, Tensor]):

@@ -35,6 +35,7 @@ from sparsity.adaptive import Adaptive, Phases
 from sparsity.distributions import ER, ERK, Uniform, UniformPlus
 from sparsity.dynamic import Dynamic
 from sparsity.gumbel import Annealing, Prior
+from sparsity.initial import SNIP, SynFlow
 from sparsity.learned import Learned
 from sparsity.lottery import Lottery, Particles
 from sparsity.penalties import HyperSparsity, Lasso
@@ -86,6 +87,8 @@ METHODS: dict[str, Callable[[], Sparsify]] = {
     "PGF stepwise": lambda: PGF("1:4", Stepwise(0.7)),
     "PGF geometric": lambda: PGF("1:4", Geometric(0.7)),
     "ASP": lambda: ASP("2:4"),
+    "OneShot by SNIP": lambda: OneShot(0.8, score=SNIP(), targets=Targets(exclude=["*unused*"])),
+    "OneShot by SynFlow": lambda: OneShot(0.9, score=SynFlow(5), distribution=ERK()),
     "HyperSparse": lambda: HyperSparse(0.9, HyperSparsity(1e-5), Phases(0.0, 0.5, 0), measure="loss"),
     "HyperSparse, L1": lambda: HyperSparse(0.9, Lasso(1e-5), Phases("1ep", "1ep", 0), distribution=ERK()),
     "IterativeMagnitude": lambda: IterativeMagnitude(0.6, rate=0.5),

@@ -1,0 +1,67 @@
+"""Passes through the training data outside of the training loop, as its steps would make them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from sparsity.calibration import run
+from sparsity.errors import InputError
+
+
+def training_batches(trainer: Trainer, module: LightningModule) -> Iterator[Any]:
+    """The training batches, on the device and in the precision that a training step gets them in."""
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    if isinstance(trainer.train_dataloader, list | tuple | dict):
+        raise InputError("this reads one training dataloader, and there are several: use `train.py oneshot`")
+    for number, batch in enumerate(trainer.train_dataloader or ()):
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        if number + 1 >= trainer.num_training_batches:
+            return
+
+
+def forward(trainer: Trainer, model: nn.Module, batch: Any) -> Any:
+    """A forward pass in the trainer's precision."""
+    with trainer.precision_plugin.forward_context():
+        return run(model, batch)
+
+
+def training_loss(module: nn.Module, batch: Any, number: int = 0) -> Tensor:
+    """What the module's `training_step` returns for a batch, with its graph; what it logs and counts is forgotten."""
+    assert isinstance(module, LightningModule)
+    more = {"batch_idx": number} if "batch_idx" in signature(module.training_step).parameters else {}
+    with _aside(module):
+        outputs = module.training_step(batch, **more)
+    found = outputs["loss"] if isinstance(outputs, dict) else outputs
+    if not isinstance(found, Tensor):
+        raise InputError(f"training_step returned {type(found).__name__}, and its loss is needed: return the loss")
+    return found
+
+
+@contextmanager
+def _aside(module: LightningModule) -> Iterator[None]:
+    metrics = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, Metric)
+    ]
+    names = ("log", "log_dict")
+    try:
+        for parent, name, metric in metrics:
+            setattr(parent, name, metric.clone())
+        for name in names:
+            object.__setattr__(module, name, lambda *_, **__: None)
+        yield
+    finally:
+        for name in names:
+            object.__delattr__(module, name)
+        for parent, name, metric in metrics:
+            setattr(parent, name, metric)
