@@ -12,9 +12,10 @@ from .oneshot import ASP, OneShot
 from .report import SparsityReport
 from .sparsify import Sparsify
 from .static import ConstantMask, StaticMask
+from .supermask import EdgePopup, LotteryJackpot, SignedSupermask
 
 __all__ = [
-    "ASP", "GMP", "LAMP", "PGF", "SET", "SRSTE", "STE", "SWAMP", "ConstantMask", "GlobalMP", "GraNet", "GumbelNM",
-    "HyperSparse", "IterativeMagnitude", "OneShot", "RigL", "SparseMomentum", "Sparsify", "SparsityReport",
-    "StaticMask",
+    "ASP", "GMP", "LAMP", "PGF", "SET", "SRSTE", "STE", "SWAMP", "ConstantMask", "EdgePopup", "GlobalMP", "GraNet",
+    "GumbelNM", "HyperSparse", "IterativeMagnitude", "LotteryJackpot", "OneShot", "RigL", "SignedSupermask",
+    "SparseMomentum", "Sparsify", "SparsityReport", "StaticMask",
 ]  # fmt: skip

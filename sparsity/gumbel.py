@@ -1,6 +1,5 @@
 """Learned N:M masks: a categorical distribution over the masks of each group, trained by gradient (MaskLLM)."""
 
-import inspect
 import math
 import zlib
 from pathlib import Path
@@ -11,11 +10,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parameter import Parameter
-from torch.optim import Optimizer
 
 from sparsity import checkpoints, masks, shards
+from sparsity.companion import Companion
+from sparsity.distributions import Uniform
 from sparsity.errors import InputError
-from sparsity.learned import Learned
+from sparsity.learned import Learned, learnable
 from sparsity.masks import Masks
 from sparsity.ops import best_nm_mask, candidates, gumbel_nm_gradient, gumbel_nm_mask
 from sparsity.patterns import NM, from_groups, to_groups
@@ -103,17 +103,16 @@ class Gumbel(Learned):
         frozen: bool = True,
         targets: Targets | None = None,
     ) -> None:
-        super().__init__(pattern, targets)
+        self.nm = learnable(pattern)
         _check(self.nm)
+        super().__init__(1 - self.nm.n / self.nm.m, Uniform(), pattern, targets)
         self.prior, self.annealing, self.training = prior, annealing or Annealing(), training or LogitTraining()
         self.frozen = frozen
         self.logits: dict[str, Parameter] = {}
         self._length = 1
-        self._optimizer: Optimizer | None = None
-        self._trained: list[str] = []  # the weight of each group of that optimizer
+        self._companion = Companion(self.training.rate, self.training.weight_decay)
         self._drawn: dict[str, int] = {}  # the step whose sample each weight is shown by
         self._saved: dict[str, Any] = {}
-        self._spared: list[tuple[Tensor, Tensor]] = []
 
     def plan(self, horizon: Horizon) -> Plan:
         if horizon.steps is None:
@@ -138,7 +137,9 @@ class Gumbel(Learned):
     def relax(self) -> None:
         """The weights times soft masks, where the logits are being trained."""
         self._reshard()
-        names = [name for name, each in self._some(self._trained) if each.requires_grad and self._is_masked(name)]
+        names = [
+            name for name, each in self._some(self._companion.names) if each.requires_grad and self._is_masked(name)
+        ]
         self._absorb(names)
         for name, weight in self._some(names):
             self._drawn[name] = self.step
@@ -148,7 +149,7 @@ class Gumbel(Learned):
     def observe(self, names: list[str]) -> None:
         """The gradients of the logits from those of the masked weights, d loss / d mask = d loss / d (w mask) * w."""
         for name, weight in self._some(names):
-            if weight.grad is None or name not in self._trained:
+            if weight.grad is None or name not in self._companion.names:
                 continue
             if name not in self._drawn:
                 raise InputError(
@@ -165,30 +166,24 @@ class Gumbel(Learned):
             if not self.frozen:
                 shards.local(weight.grad).mul_(self._soft_mask(name, weight))
         if self.frozen:
-            self._freeze()
+            self.freeze()
 
     def endure(self, names: list[str]) -> None:
         super().endure(names)
         if self.frozen:
-            self._freeze()
+            self.freeze()
 
     @torch.no_grad()
     def apply(self) -> None:
         """After the optimizer's step: that of the logits, new masks, and the sparse weights."""
-        if self._optimizer is not None:
-            self._follow(self._optimizer)
-            self._optimizer.step()
-            self._optimizer.zero_grad()
+        self._companion.step(self.logits, self.weights(), self._upkeep.optimizers)
         for name in self._stepping:
             self._drawn.pop(name, None)
         super().apply()
-        for parameter, value in self._spared:
-            parameter.copy_(value)
-        self._spared = []
 
     def settle(self) -> None:
-        if "dense" in self._shown.values() and self._optimizer is not None:
-            self._optimizer.zero_grad()  # the step that these were for was skipped
+        if "dense" in self._shown.values():
+            self._companion.skip()
         super().settle()
 
     @torch.no_grad()
@@ -199,7 +194,8 @@ class Gumbel(Learned):
 
     def detach(self) -> None:
         super().detach()
-        self.logits, self._optimizer, self._trained, self._drawn, self._saved = {}, None, [], {}, {}
+        self.logits, self._drawn, self._saved = {}, {}, {}
+        self._companion.forget()
 
     def save_logits(self, path: str | Path) -> None:
         """Writes the logits to a safetensors file, for another run to start from: `Prior(file=path)`."""
@@ -208,11 +204,10 @@ class Gumbel(Learned):
 
     def state_dict(self) -> dict[str, Any]:
         """Also the logits and the state of their optimizer."""
-        states = self._optimizer.state if self._optimizer else {}
         return {
             **super().state_dict(),
             "logits": {name: each.detach().cpu() for name, each in self.logits.items()},
-            "optimizer": {name: dict(states[each]) for name, each in self.logits.items() if each in states},
+            "optimizer": self._companion.state_dict(self.logits),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -225,7 +220,7 @@ class Gumbel(Learned):
         self.logits = {}
         for name, weight in self.weights().items():
             self.logits[name] = self._checked(name, weight, saved["logits"].get(name), "the saved state")
-        self._saved = {"optimizer": dict(saved["optimizer"])}
+        self._companion.load_state_dict(saved["optimizer"])
         self._make_optimizer()
 
     def _place(self) -> None:
@@ -238,20 +233,6 @@ class Gumbel(Learned):
 
     def _absorb(self, names: list[str]) -> None:
         super()._absorb([name for name in names if not self.frozen or self._is_masked(name)])
-
-    def _freeze(self) -> None:
-        """No parameter has a gradient, so that the optimizer moves none and needs no state for them."""
-        optimizers = self._upkeep.optimizers if self._mover is None else [self._mover]
-        every = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        targets = {id(weight) for weight in self.weights().values()}
-        for parameter in every:
-            parameter.grad = None
-        # Torch cannot clip by value where nothing has a gradient, and the checkpoints of FSDP want state for every
-        # weight: these have a gradient of zero, and are put back after the step.
-        chosen = every if any(map(shards.is_spread, every)) else [min(every, key=torch.Tensor.numel)]
-        for parameter in chosen:
-            parameter.grad = torch.zeros_like(parameter)
-        self._spared = [(each, each.detach().clone()) for each in chosen if id(each) not in targets]
 
     @property
     def _nm(self) -> tuple[int, int]:
@@ -296,51 +277,9 @@ class Gumbel(Learned):
         return Parameter(logits.to(weight.device, copy=True))
 
     def _make_optimizer(self) -> None:
-        """An optimizer of the class and the settings of the one that holds the weights, one group per weight."""
-        self._optimizer, self._trained, self._drawn = None, [], {}
-        if not self.logits:
-            return
-        held = {id(p): o for o in self._upkeep.optimizers for group in o.param_groups for p in group["params"]}
-        names = [name for name, weight in self.weights().items() if id(weight) in held and weight.requires_grad]
-        if not names:
-            raise InputError(
-                "no optimizer holds a target weight that requires a gradient, by which its masks are learned: attach "
-                "the optimizer too, attach(model, optimizer), and leave requires_grad on; `frozen` keeps the weights"
-            )
-        owner = held[id(self.weights()[names[0]])]
-        accepted = inspect.signature(type(owner).__init__).parameters
-        settings = {key: value for key, value in owner.defaults.items() if key in accepted}
-        settings |= {"weight_decay": self.training.weight_decay} if "weight_decay" in accepted else {}
-        self._optimizer = type(owner)([{"params": [self.logits[name]]} for name in names], **settings)
-        self._trained = names
-        self._restore(names)
-
-    def _follow(self, optimizer: Optimizer) -> None:
-        """Takes over the learning rates of the model's optimizers, and the weights that they have been given since."""
-        groups = {id(p): group for o in self._upkeep.optimizers for group in o.param_groups for p in group["params"]}
-        weights = self.weights()
-        for name in weights:
-            if name not in self._trained and id(weights[name]) in groups and weights[name].requires_grad:
-                optimizer.add_param_group({"params": [self.logits[name]]})
-                self._trained.append(name)
-                self._restore([name])
-        for mine, name in zip(optimizer.param_groups, self._trained, strict=True):
-            if id(weights[name]) in groups:
-                mine["lr"] = groups[id(weights[name])]["lr"] * self.training.rate
-
-    def _restore(self, names: list[str]) -> None:
-        """The saved optimizer state of these logits, where there is one."""
-        for name in names:
-            saved = self._saved.get("optimizer", {}).pop(name, None)
-            if saved is not None and self._optimizer is not None:
-                settings = self._optimizer.param_groups[0]
-                moves = settings.get("fused") or settings.get("capturable")  # the step count too, then
-                self._optimizer.state[self.logits[name]] = {
-                    key: value.to(self.logits[name].device if value.ndim or moves else "cpu", copy=True)
-                    if torch.is_tensor(value)
-                    else value
-                    for key, value in saved.items()
-                }
+        self._drawn = {}
+        if self.logits:
+            self._companion.make(self.logits, self.weights(), self._upkeep.optimizers)
 
     def _sampling(self, name: str) -> tuple[float, float, float]:
         return self.annealing.at(self._drawn[name] / max(1, self._length - 1))

@@ -8,7 +8,7 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from sparsity import masks, shards
-from sparsity.distributions import Uniform
+from sparsity.distributions import Distribution, Uniform
 from sparsity.errors import InputError
 from sparsity.masks import Masks
 from sparsity.patterns import NM, parse
@@ -43,12 +43,10 @@ class Learned(Sparsifier):
     needs_training = True
     keeps_state = True  # the state of all weights is dense, as they are
 
-    def __init__(self, pattern: str | int, targets: Targets | None = None) -> None:
-        shape = parse(pattern)
-        if not isinstance(shape, NM):
-            raise InputError(f'masks are learned for patterns "N:M" and "2:4T", got "{shape.name}"')
-        super().__init__(1 - shape.n / shape.m, Magnitude(), Uniform(), pattern, Constant(), targets)
-        self.nm = shape
+    def __init__(
+        self, sparsity: float, distribution: Distribution, pattern: str | int, targets: Targets | None = None
+    ) -> None:
+        super().__init__(sparsity, Magnitude(), distribution, pattern, Constant(), targets)
         self.dense: dict[str, Tensor] = {}  # the part of each dense weight that this process holds
         self.step = 0
         self._hidden: dict[str, Tensor] = {}  # what a saved state has of them: the pruned ones
@@ -57,6 +55,7 @@ class Learned(Sparsifier):
         self._mover: Optimizer | None = None  # that optimizer, if it is known
         self._next, self._finite = 0, True  # the step after it, and whether its gradients are finite
         self._noted: Masks = {}  # the masks at the last entry of the history
+        self._spared: list[tuple[Tensor, Tensor]] = []  # what the optimizer's step must not move, and its values
 
     @torch.no_grad()
     def attach(self, model: nn.Module, *optimizers: Optimizer, horizon: Horizon | None = None, seed: int = 0) -> None:
@@ -129,6 +128,20 @@ class Learned(Sparsifier):
         weights = self.weights()
         self._upkeep.mask_gradients({name: weights[name] for name in names}, self.masks)
 
+    def freeze(self) -> None:
+        """No parameter has a gradient, so that the optimizer moves none and needs no state for them."""
+        optimizers = self._upkeep.optimizers if self._mover is None else [self._mover]
+        every = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        targets = {id(weight) for weight in self.weights().values()}
+        for parameter in every:
+            parameter.grad = None
+        # Torch cannot clip by value where nothing has a gradient, and the checkpoints of FSDP want state for every
+        # weight: these have a gradient of zero, and are put back after the step.
+        chosen = every if any(map(shards.is_spread, every)) else [min(every, key=torch.Tensor.numel)]
+        for parameter in chosen:
+            parameter.grad = torch.zeros_like(parameter)
+        self._spared = [(each, each.detach().clone()) for each in chosen if id(each) not in targets]
+
     @torch.no_grad()
     def apply(self) -> None:
         """After the optimizer's step: new masks, and the sparse weights."""
@@ -139,6 +152,9 @@ class Learned(Sparsifier):
         else:  # weights that may be NaN by now have no order
             self._show_masked(self._stepping)
         self._stepping = []
+        for parameter, value in self._spared:
+            parameter.copy_(value)
+        self._spared = []
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -162,7 +178,7 @@ class Learned(Sparsifier):
         """What a checkpoint has of a weight, also in the middle of a batch: what the masks keep of the dense one."""
         if self._shown.get(name, "masked") == "masked":
             return super().stored(name, value)
-        kept = torch.where(self.masks[name], self._whole(name), 0).to(value.dtype)
+        kept = torch.where(self.masks[name], self._passed(name), 0).to(value.dtype)
         return shards.like(shards.local_part(kept, value), value) if shards.is_spread(value) else kept
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,9 +230,18 @@ class Learned(Sparsifier):
 
     def _show_masked(self, names: list[str]) -> None:
         for name, weight in self._some(names):
-            kept, dense = shards.local_part(self.masks[name], weight), self.dense[name]
+            kept, dense = shards.local_part(self.masks[name], weight), self._passed_part(name, weight)
             torch.where(kept, dense, dense.new_zeros(()), out=shards.local(weight))  # a product would let NaN through
             self._shown[name] = "masked"
+
+    def _passed_part(self, name: str, weight: Parameter) -> Tensor:
+        """What a mask lets through: the dense weight, of which this process holds a part."""
+        return self.dense[name]
+
+    def _passed(self, name: str) -> Tensor:
+        weight = self.weights()[name]
+        part = self._passed_part(name, weight)
+        return shards.whole(shards.like(part, weight)) if shards.is_spread(weight) else part
 
     def _some(self, names: list[str]) -> list[tuple[str, Parameter]]:
         weights = self.weights()
@@ -247,6 +272,14 @@ class Learned(Sparsifier):
         self._hidden, self._noted = {}, self.masks
 
 
+def learnable(pattern: str | int) -> NM:
+    """The N:M pattern; raises `InputError` for any other."""
+    shape = parse(pattern)
+    if not isinstance(shape, NM):
+        raise InputError(f'masks are learned for patterns "N:M" and "2:4T", got "{shape.name}"')
+    return shape
+
+
 class StraightThrough(Learned):
     """The largest magnitudes of each group, found anew after every step; gradients go straight through to all weights.
 
@@ -262,7 +295,8 @@ class StraightThrough(Learned):
         relaxation: Relaxation | None = None,
         targets: Targets | None = None,
     ) -> None:
-        super().__init__(pattern, targets)
+        self.nm = learnable(pattern)
+        super().__init__(1 - self.nm.n / self.nm.m, Uniform(), pattern, targets)
         if decay < 0:
             raise InputError(f"decay must be 0 or more, got {decay}")
         self.decay, self.relaxation = decay, relaxation or Relaxation()

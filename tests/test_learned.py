@@ -208,8 +208,9 @@ def test_evaluation_is_deterministic_and_exact(name: str) -> None:
     first = model(batch()[0])
     sparsifier.enforce()
     assert torch.equal(first, model(batch()[0]))
+    assert isinstance(sparsifier.pattern, NM)
+    n, m = sparsifier.pattern.n, sparsifier.pattern.m
     for key, weight in sparsifier.weights().items():
-        n, m = sparsifier.nm.n, sparsifier.nm.m
         assert ((weight.view(-1, m) != 0).sum(1) <= n).all()
         assert (sparsifier.masks[key].view(-1, m).sum(1) == n).all()
 
@@ -442,7 +443,7 @@ def test_optimizers_of_logits_follow_the_models() -> None:
         step(model, sparsifier, optimizer, 0)
         optimizer.param_groups[0]["lr"] = 0.125
         step(model, sparsifier, optimizer, 1)
-        mine = sparsifier._optimizer
+        mine = sparsifier._companion._optimizer
         assert type(mine) is type(optimizer)
         assert mine is not None
         assert {group["lr"] for group in mine.param_groups} == {0.625}
@@ -535,7 +536,9 @@ def test_logits_follow_a_schedule_after_a_resume(make: Any, tmp_path: Path) -> N
         runner = trainer(method, SaveEpochs(tmp_path), epochs=3, enable_checkpointing=True)
         runner.fit(model, Batches(), ckpt_path=str(tmp_path / "0.ckpt") if resumed else None, weights_only=True)
         sparsifier: Any = method.sparsifier
-        found.append((sparsifier._optimizer.param_groups[0]["lr"], sparsifier.logits["net.fc.weight"].detach()))
+        found.append(
+            (sparsifier._companion._optimizer.param_groups[0]["lr"], sparsifier.logits["net.fc.weight"].detach())
+        )
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
 
