@@ -31,7 +31,8 @@ class IterativeMagnitude(Staged):
         sparsity: fraction of zeros over all targets in the last round, in (0, 1).
         rate: how much of what remains each round prunes.
         rewind: to which moment of the first round: epochs ("2ep") or a fraction of a round; the very start if 0.
-        distribution: how many weights each layer keeps: the largest of all layers if not given.
+        distribution: how many weights each layer keeps: the largest of all layers, and at least one, if not
+            given.
         targets: which parameters; all Linear and convolution weights if not given.
     """
 
@@ -136,7 +137,8 @@ class SWAMP(IterativeMagnitude):
         rate: how much of what remains each round prunes.
         rewind: to which moment of the first round: epochs ("2ep") or a fraction of a round; the very start if 0.
         particles: `Particles()` if not given: four networks, over the last quarter of a round.
-        distribution: how many weights each layer keeps: the largest of all layers if not given.
+        distribution: how many weights each layer keeps: the largest of all layers, and at least one, if not
+            given.
         targets: which parameters; all Linear and convolution weights if not given.
     """
 

@@ -110,6 +110,10 @@ class SparsityReport(Callback):
         targets = method.sparsifier.targets if method else Targets()
         weights = targets.select(pl_module)
         found = method.sparsifier.masks if method and trainer.state.fn == "fit" else masks.from_zeros(weights)
+        sparsifier = method.sparsifier if method else None
+        pattern = sparsifier.pattern.name if sparsifier else "dense"
+        turned = sparsifier.turned if sparsifier else frozenset[str]()
+        layers = report.layers(found, pattern, turned)
         return {
             "recipe": self.recipe,
             "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
@@ -118,8 +122,9 @@ class SparsityReport(Callback):
                 "target": method.sparsifier.sparsity if method else 0.0,
                 "achieved": 1 - masks.density(found),
                 **(method.sparsifier.history.last() if method and trainer.state.fn == "fit" else {}),
-                "layers": report.layers(found, method.sparsifier.pattern.name if method else "dense"),
+                "layers": layers,
             },
+            "warnings": report.warnings(layers),
             **(method.story() if method and trainer.state.fn == "fit" else {}),
             "flops": self._flops(pl_module, found),
             "bytes": report.sizes(pl_module, found, weights),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sparsity.distributions import Distribution
+from sparsity.distributions import Distribution, Global
 from sparsity.errors import InputError
 from sparsity.moments import Moment
 from sparsity.schedules import Constant, Horizon, Plan, rounds
@@ -63,7 +63,7 @@ class Lottery(Sparsifier):
         distribution: Distribution | None = None,
         targets: Targets | None = None,
     ) -> None:
-        super().__init__(sparsity, Magnitude(), distribution, "unstructured", Constant(), targets)
+        super().__init__(sparsity, Magnitude(), distribution or Global(1e-6), "unstructured", Constant(), targets)
         if not 0 < rate < 1:
             raise InputError(f"rate must lie in (0, 1), a fraction of the remaining weights; got {rate}")
         if sparsity == 0:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,37 @@ if TYPE_CHECKING:
 Report = dict[str, Any]
 
 
-def layers(masks: Mapping[str, Tensor], pattern: str) -> dict[str, dict[str, Any]]:
-    """Shape, density and pattern of every target, by name."""
-    kept = counts(masks)
-    return {
-        name: {"shape": list(mask.shape), "density": kept[name] / mask.numel(), "pattern": pattern}
-        for name, mask in masks.items()
-    }
+def layers(
+    masks: Mapping[str, Tensor], pattern: str, turned: Collection[str] = frozenset()
+) -> dict[str, dict[str, Any]]:
+    """Shape, density and pattern of every target by name, and how many of its outputs and inputs keep no weight.
+
+    Those of `turned` have inputs on their first axis.
+    """
+    return {name: _layer(mask, pattern, name in turned) for name, mask in masks.items()}
+
+
+def _layer(mask: Tensor, pattern: str, turned: bool) -> dict[str, Any]:
+    face = mask.transpose(0, 1) if turned and mask.ndim > 1 else mask
+    found = {
+        "shape": list(mask.shape), "density": int(mask.count_nonzero()) / mask.numel(), "pattern": pattern,
+        "dead_outputs": int((face.flatten(1).sum(1) == 0).count_nonzero()),
+    }  # fmt: skip
+    if mask.ndim > 1:
+        found["dead_inputs"] = int((face.transpose(0, 1).flatten(1).sum(1) == 0).count_nonzero())
+    return found
+
+
+def warnings(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader of these layers should not miss: empty ones first, then those with dead paths."""
+    empty = [name for name, row in rows.items() if row["density"] == 0]
+    found = [f"no weight is left in {name}" for name in empty]
+    for name, row in rows.items():
+        if name not in empty and row["dead_outputs"]:
+            found.append(f"{row['dead_outputs']} outputs of {name} have no weight left: they are constant")
+        if name not in empty and row.get("dead_inputs"):
+            found.append(f"{row['dead_inputs']} inputs of {name} have no weight left: what they say is lost")
+    return found
 
 
 def sizes(model: nn.Module, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, int]:
@@ -74,8 +98,11 @@ def save(report: Report, path: Path) -> None:
 
 
 def summary(report: Report) -> Group:
-    """The report for the terminal: the table of its layers, and what it comes to in bytes and FLOPs."""
-    return Group(_table(report), *_worth(report))
+    """The report for the terminal: the table of its layers, what it comes to in bytes and FLOPs, and warnings."""
+    urgent = [f"[yellow]warning: {each}[/yellow]" for each in report["warnings"] if each.startswith("no weight")]
+    others = len(report["warnings"]) - len(urgent)
+    more = [f"{others} remarks on dead inputs and outputs are under `warnings` in the report"] if others else []
+    return Group(_table(report), *_worth(report), *urgent, *more)
 
 
 def _table(report: Report) -> Table:

@@ -62,7 +62,7 @@ class Sparsifier:
         self.renewed = -1  # the planned step of the last renewal
         self.history = History()
         self._owners: dict[str, tuple[nn.Module, str]] = {}
-        self._turned: frozenset[str] = frozenset()  # those whose first axis is the input's
+        self.turned: frozenset[str] = frozenset()  # those whose first axis is the input's
         self._sharded: list[Any] = []  # FSDP2's modules
         self._upkeep = Upkeep()
         self._plan: Plan = {}
@@ -83,7 +83,7 @@ class Sparsifier:
         self._sharded = [each for each in model.modules() if hasattr(each, "reshard") and hasattr(each, "unshard")]
         weights = self.targets.select(model)
         self._owners = {name: _owner(model, weight) for name, weight in weights.items()}
-        self._turned = frozenset(name for name, (module, _) in self._owners.items() if is_transposed(module))
+        self.turned = frozenset(name for name, (module, _) in self._owners.items() if is_transposed(module))
         for name, weight in weights.items():
             self.pattern.check(name, tuple(self.facing(name, weight).shape))
         self._upkeep = Upkeep(*optimizers, keeps_state=self.keeps_state)
@@ -179,11 +179,11 @@ class Sparsifier:
     def scores(self, score: Score, among: Masks, draw: str) -> Scores:
         """A score of all targets, outputs before inputs; `draw` names the random numbers."""
         weights, optimizers = self.weights(), self._upkeep.optimizers
-        return Scores(score, weights, among, f"{self.seed}/{draw}", optimizers, self._turned)
+        return Scores(score, weights, among, f"{self.seed}/{draw}", optimizers, self.turned)
 
     def facing(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of a target's shape with outputs on axis 0 and inputs on axis 1; again, it is as it was."""
-        return tensor.transpose(0, 1) if name in self._turned else tensor
+        return tensor.transpose(0, 1) if name in self.turned else tensor
 
     def plan(self, horizon: Horizon) -> Plan:
         """The sparsity from each step of renewal on."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsity import Horizon, InputError, masks
+from sparsity.distributions import Global
 from sparsity.lottery import Lottery, Particles
 from tests.test_adaptive import Small, net
 
@@ -71,7 +72,7 @@ def same(one: State, other: State) -> bool:
 
 
 def test_rounds_end_with_pruning_and_go_back_to_the_ticket() -> None:
-    run = Run(sparsity=0.6, rate=0.5, rewind="1ep").attach()  # 7 = 3 + 2 + 2 epochs fit
+    run = Run(sparsity=0.6, rate=0.5, rewind="1ep", distribution=Global()).attach()  # 7 = 3 + 2 + 2 epochs fit
     sparsifier = run.sparsifier
     assert (sparsifier.length, sparsifier.rewound) == (3, 1)
     ticket = run.epoch()

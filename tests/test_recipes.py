@@ -16,7 +16,8 @@ from PIL import Image
 import train
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "smoke")
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("smoke"))
+STAGED = ("HyperSparse", "IterativeMagnitude", "SWAMP")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,11 @@ def test_recipe_runs_and_reaches_its_sparsity(
     settings = yaml.safe_load((ROOT / f"recipes/{recipe}.yaml").read_text())
     data = settings["data"]["class_path"]
     arguments = [f"--data.data_dir={folders[data]}"] if data in folders else []
-    files = [str(ROOT / f"recipes/{name}.yaml") for name in (recipe, "smoke")]
+    staged = (settings["sparsity"] or {}).get("class_path") in STAGED
+    files = [str(ROOT / f"recipes/{name}.yaml") for name in (recipe, "smoke_stages" if staged else "smoke")]
+    if staged:
+        rounds = settings["sparsity"]["class_path"] != "HyperSparse"
+        arguments += ["--data.batch_size=8", f"--trainer.max_epochs={25 if rounds else 10}"]
     overrides = [f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false", *arguments]
     monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", files[0], "--config", files[1], *overrides])
     train.main()

@@ -34,6 +34,8 @@ def test_report_of_a_python_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert row == {
             "shape": list(weights[name].shape), "pattern": "unstructured",
             "density": int(weights[name].count_nonzero()) / weights[name].numel(),
+            "dead_outputs": sum(not bool(part.any()) for part in weights[name]),
+            "dead_inputs": sum(not bool(part.any()) for part in weights[name].transpose(0, 1)),
         }  # fmt: skip
     assert result["sparsity"]["target"] == result["sparsity"]["achieved"] == 0.75
     output = capsys.readouterr().out
@@ -53,6 +55,18 @@ def test_flops_by_hand() -> None:
     convolution, linear = 2 * 25 * 4 * 2 * 9, 2 * 10 * 100
     assert found == {"dense": convolution + linear, "sparse": convolution // 4 + linear}
     assert model.training
+
+
+def test_empty_layers_and_dead_paths_are_named() -> None:
+    kept = {"one": torch.zeros(3, 4, dtype=torch.bool), "two": torch.zeros(3, 4, dtype=torch.bool)}
+    kept["two"][0, :2] = True
+    expected = ["no weight is left in one", "2 outputs of two have no", "2 inputs of two have no"]
+    found = report.warnings(report.layers(kept, "unstructured"))
+    assert all(text.startswith(start) for text, start in zip(found, expected, strict=True))
+    turned = report.layers(kept, "unstructured", {"two"})["two"]
+    assert (turned["dead_outputs"], turned["dead_inputs"]) == (2, 2)
+    kept["two"][:] = True
+    assert report.warnings(report.layers(kept, "unstructured")) == expected[:1]
 
 
 def test_bytes_by_hand() -> None:
