@@ -63,10 +63,10 @@ def wide() -> nn.Module:
 
 
 SETTINGS = {
-    "lenet300": Setting(models.LeNet300100, mnist, 21, 0.1, (1e-4, 3.0)),
-    "wrn10": Setting(wide, cifar10, 12, 0.1, (1e-4, 3.0)),
+    "lenet300": Setting(models.LeNet300100, mnist, 21, 0.1, (1e-4, 2.0)),
+    "wrn10": Setting(wide, cifar10, 12, 0.1, (1e-4, 2.0)),
 }
-PHASES = Phases(0.2, 0.5)
+PHASES = Phases(0.1, 0.6)
 METHODS: dict[str, Callable[[float, Setting], Sparsify]] = {
     "random, ERK": lambda sparsity, _: StaticMask(sparsity),
     "SynFlow": lambda sparsity, _: OneShot(sparsity, score=SynFlow(), calibration=Calibration(1)),

@@ -109,8 +109,8 @@ class HyperSparse(Staged):
         """Of the network pruned now, and of the one that has been trained in this epoch."""
         # After a resume in the middle of an epoch there is no whole one to look back on.
         dense = self.judge.running(trainer) if self.judge.watches() else self.judge.of(trainer, pl_module)
-        if not math.isfinite(dense):
-            return dense, dense
+        if not (math.isfinite(dense) and self.sparsifier.finite()):
+            return math.nan, math.nan
         with self.sparsifier.pruned():
             pruned = self.judge.of(trainer, pl_module)
         pl_module.log("sparsity/quality_pruned", pruned)

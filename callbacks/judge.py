@@ -29,12 +29,12 @@ class Judge:
         self.measure = measure
         self._hook: RemovableHandle | None = None
         self._outputs: Tensor | None = None
-        self._sums: list[Tensor] = []  # of the epoch so far: losses, qualities, how many of each
+        self._sums: list[Tensor] = []  # of the epoch so far: qualities, and how many of them
 
     def watch(self, module: LightningModule) -> None:
         """Begins to read what the module gives, and a new epoch."""
         self.forget()
-        self._sums = [torch.zeros((), dtype=torch.float64, device=_place(module)) for _ in range(3)]
+        self._sums = [torch.zeros((), dtype=torch.float64, device=_place(module)) for _ in range(2)]
         if self.measure == "accuracy":
             self._hook = module.register_forward_hook(self._read)
 
@@ -52,14 +52,13 @@ class Judge:
         """A batch of training has ended."""
         if not self.watches():
             return
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):
-            self._sums[0] += loss.detach().sum() * trainer.accumulate_grad_batches
         if self.measure == "loss":
+            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
             if not isinstance(loss, Tensor):
                 raise InputError('measure="loss" reads the loss that training_step returns, and it returned none')
-            self._sums[1] -= loss.detach() * trainer.accumulate_grad_batches
-            self._sums[2] += 1
+            finite = torch.isfinite(loss.detach())  # a gradient scaler may have skipped the others
+            self._sums[0] -= torch.where(finite, loss.detach(), 0) * trainer.accumulate_grad_batches
+            self._sums[1] += finite
             return
         if self._outputs is None:
             raise InputError(
@@ -67,15 +66,13 @@ class Judge:
                 'self(inputs): call it there, or take measure="loss"'
             )
         right = hits(self._outputs, batch)
-        self._sums[1] += right.sum()
-        self._sums[2] += right.numel()
+        self._sums[0] += right.sum()
+        self._sums[1] += right.numel()
         self._outputs = None
 
     def running(self, trainer: Trainer) -> float:
-        """The quality over the epoch that ends, batch by batch while the weights moved; NaN where a loss was."""
-        losses, total, count = self._sums
-        quality = _mean(trainer, total, count)
-        return quality if bool(torch.isfinite(_sum(trainer, losses))) else float("nan")
+        """The quality over the epoch that ends, batch by batch while the weights moved."""
+        return _mean(trainer, *self._sums)
 
     def of(self, trainer: Trainer, module: LightningModule) -> float:
         """The quality of the module as it stands, in eval mode, over the training batches."""
@@ -116,11 +113,7 @@ def _place(module: LightningModule) -> torch.device:
     return torch.device("cpu") if module.device.type == "mps" else module.device
 
 
-def _sum(trainer: Trainer, total: Tensor) -> Tensor:
-    result = trainer.strategy.reduce(total, reduce_op="sum")
-    assert isinstance(result, Tensor)
-    return result
-
-
 def _mean(trainer: Trainer, total: Tensor, count: Tensor) -> float:
-    return float(_sum(trainer, total) / _sum(trainer, count))
+    sums = trainer.strategy.reduce(torch.stack([total, count]), reduce_op="sum")
+    assert isinstance(sums, Tensor)
+    return float(sums[0] / sums[1])

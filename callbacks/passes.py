@@ -35,10 +35,12 @@ def forward(trainer: Trainer, model: nn.Module, batch: Any) -> Any:
 
 def training_loss(module: nn.Module, batch: Any, number: int = 0) -> Tensor:
     """What the module's `training_step` returns for a batch, with its graph; what it logs and counts is forgotten."""
-    assert isinstance(module, LightningModule)
-    more = {"batch_idx": number} if "batch_idx" in signature(module.training_step).parameters else {}
+    training_step: Any = getattr(module, "training_step", None)
+    if training_step is None:
+        raise InputError(f"{type(module).__name__} has no training_step, whose loss is needed: set `loss` instead")
+    more = {"batch_idx": number} if "batch_idx" in signature(training_step).parameters else {}
     with _aside(module):
-        outputs = module.training_step(batch, **more)
+        outputs = training_step(batch, **more)
     found = outputs["loss"] if isinstance(outputs, dict) else outputs
     if not isinstance(found, Tensor):
         raise InputError(f"training_step returned {type(found).__name__}, and its loss is needed: return the loss")
@@ -46,7 +48,7 @@ def training_loss(module: nn.Module, batch: Any, number: int = 0) -> Tensor:
 
 
 @contextmanager
-def _aside(module: LightningModule) -> Iterator[None]:
+def _aside(module: nn.Module) -> Iterator[None]:
     metrics = [
         (parent, name, child)
         for parent in module.modules()

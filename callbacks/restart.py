@@ -18,7 +18,7 @@ class Restart:
             [{key: deepcopy(value) for key, value in group.items() if key != "params"} for group in each.param_groups]
             for each in trainer.optimizers
         ]
-        self.schedules = [deepcopy(each.scheduler.state_dict()) for each in trainer.lr_scheduler_configs]
+        self.schedules = [_described(each.scheduler) for each in trainer.lr_scheduler_configs]
 
     def __call__(self, trainer: Trainer) -> None:
         """Goes back to that moment, with the optimizers' state empty."""
@@ -26,8 +26,9 @@ class Restart:
             optimizer.state.clear()
             for group, settings in zip(optimizer.param_groups, groups, strict=False):
                 group.update(deepcopy(settings))
-        for config, state in zip(trainer.lr_scheduler_configs, self.schedules, strict=True):
-            config.scheduler.load_state_dict(deepcopy(state))
+        for config, (kind, state) in zip(trainer.lr_scheduler_configs, self.schedules, strict=False):
+            if type(config.scheduler).__name__ == kind:  # a callback such as SWA may have put its own there
+                config.scheduler.load_state_dict(deepcopy(state))
 
     def state_dict(self) -> dict[str, Any]:
         return {"groups": deepcopy(self.groups), "schedules": deepcopy(self.schedules)}
@@ -38,3 +39,7 @@ class Restart:
         restart = cls.__new__(cls)
         restart.groups, restart.schedules = deepcopy(state["groups"]), deepcopy(state["schedules"])
         return restart
+
+
+def _described(scheduler: Any) -> tuple[str, dict[str, Any]]:
+    return type(scheduler).__name__, deepcopy(scheduler.state_dict())

@@ -15,6 +15,7 @@ from sparsity.distributions import Distribution, Global
 from sparsity.errors import InputError
 from sparsity.masks import Masks
 from sparsity.moments import Moment
+from sparsity.ops import all_finite
 from sparsity.penalties import HyperSparsity, Penalty
 from sparsity.schedules import Constant, Horizon, Plan
 from sparsity.scores import Magnitude
@@ -95,7 +96,7 @@ class Adaptive(Sparsifier):
     def _forget(self) -> None:
         self.phase, self.epochs, self.chosen, self.ends = WARM_UP, 0, -1, -1
         self.reason = ""
-        self._step = 0
+        self._warm_up = self._fine_tune = self._last = self._step = 0
         self._qualities: list[float] = []  # of the last epochs, as many as a window has
         self._candidates: list[Moment] = []  # the networks of its second half
         self._best: Moment | None = None
@@ -120,13 +121,13 @@ class Adaptive(Sparsifier):
 
     def plan(self, horizon: Horizon) -> Plan:
         """Pruning when the fine-tuning begins, at the latest."""
-        if self.phase == FINE_TUNING:
-            return {self.renewed: self.sparsity}
         if horizon.steps is None or not horizon.per_epoch:
             raise InputError("the phases are counted in epochs of a training with an end: set max_epochs")
         total = horizon.steps // horizon.per_epoch
         self._warm_up, self._fine_tune = self.phases.epochs(total)
         self._last = total - self._fine_tune
+        if self.phase == FINE_TUNING:
+            return {self.renewed: self.sparsity}
         if self._warm_up == 0 and self.epochs == 0:
             self.phase = ADAPTIVE
         return {self._last * horizon.per_epoch: self.sparsity}
@@ -175,6 +176,12 @@ class Adaptive(Sparsifier):
             self.phase = ADAPTIVE
         elif self.phase == ADAPTIVE:
             self._judge(pruned, dense)
+
+    def finite(self) -> bool:
+        """Whether all of the model's parameters are, on all processes."""
+        assert self.model is not None
+        parameters = list(self.model.parameters())
+        return shards.all_agree(all(all_finite(shards.local(each.detach())) for each in parameters), parameters)
 
     def done(self) -> bool:
         """Whether the fine-tuning has just come to its end."""

@@ -100,15 +100,15 @@ class Lottery(Sparsifier):
 
     @torch.no_grad()
     def attach(self, model: nn.Module, *optimizers: Optimizer, horizon: Horizon | None = None, seed: int = 0) -> None:
-        fresh = model is not self._model and not self._loaded
+        loaded = self._loaded
+        fresh = model is not self._model and not loaded
         if fresh:
             self._forget()
         super().attach(model, *optimizers, horizon=horizon, seed=seed)
         if fresh and self.rewound == 0:
             self._ticket = Moment(model)
-        for moment in (self._ticket, self._mean):
-            if moment is not None:
-                moment.place(model)
+        if loaded:
+            self._place()
 
     def detach(self) -> None:
         super().detach()
@@ -212,9 +212,13 @@ class Lottery(Sparsifier):
         )
         super().load_state_dict(state)
         if self._model is not None:
-            for moment in (self._ticket, self._mean):
-                if moment is not None:
-                    moment.place(self._model)
+            self._place()
+
+    def _place(self) -> None:
+        assert self.model is not None
+        for moment in (self._ticket, self._mean):
+            if moment is not None:
+                moment.place(self.model)
 
     def _settings(self) -> dict[str, Any]:
         return {

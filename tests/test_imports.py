@@ -25,7 +25,7 @@ ALLOWED = {
     "calibration": {"errors", "targets"}, "moments": {"errors", "shards", "targets"},
     "initial": {"calibration", "errors", "moments", "scores"},
     "lottery": {"distributions", "errors", "moments", "schedules", "scores", "sparsifier", "targets"},
-    "adaptive": {"distributions", "errors", "masks", "moments", "penalties", "schedules", "scores", "shards",
+    "adaptive": {"distributions", "errors", "masks", "moments", "ops", "penalties", "schedules", "scores", "shards",
                  "sparsifier", "targets"},
     "learned": {"errors", "masks", "shards", "targets", "scores", "distributions", "patterns", "relaxation",
                 "schedules", "sparsifier"},

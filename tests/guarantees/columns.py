@@ -17,16 +17,22 @@ from callbacks import (
     SET,
     SRSTE,
     ConstantMask,
+    EdgePopup,
     GlobalMP,
     GraNet,
     GumbelNM,
+    HyperSparse,
+    IterativeMagnitude,
     OneShot,
     RigL,
     SparseMomentum,
     Sparsify,
     StaticMask,
 )
+from callbacks.staged import Staged
 from sparsity import Sparsifier, shards
+from sparsity.adaptive import Phases
+from sparsity.penalties import Lasso
 from sparsity.schedules import CosineDrop, Linear
 from sparsity.targets import clean
 
@@ -68,6 +74,10 @@ class Column:
     def finish(self, model: nn.Module) -> None:
         """What the documentation says to do after training."""
 
+    def took(self, steps: int, all_steps: int) -> bool:
+        """Whether that is how many steps training takes."""
+        return steps == all_steps
+
 
 class Ours(Column):
     """A callback of this project."""
@@ -80,6 +90,10 @@ class Ours(Column):
         if isinstance(self.method, ConstantMask) and all(bool(m.weight.all()) for m in layers(model).values()):  # type: ignore[operator]  # a Linear's weight
             Sparsifier(SPARSITY, targets=self.method.sparsifier.targets).attach(model)
         return [self.method]
+
+    def took(self, steps: int, all_steps: int) -> bool:
+        # Training in stages may end by itself.
+        return steps == all_steps or (isinstance(self.method, Staged) and all_steps // 3 <= steps < all_steps)
 
     def asked(self) -> float:
         if isinstance(self.method, ConstantMask):
@@ -202,6 +216,9 @@ OURS: dict[str, Callable[[], Sparsify]] = {
     "GumbelNM": lambda: GumbelNM("1:4"),
     "SRSTE": lambda: SRSTE("1:4"),
     "PGF": lambda: PGF("1:4"),
+    "EdgePopup": lambda: EdgePopup(SPARSITY),
+    "HyperSparse": lambda: HyperSparse(SPARSITY, Lasso(1e-6), Phases(0.0, 0.34, 0)),
+    "IterativeMagnitude": lambda: IterativeMagnitude(SPARSITY, rate=0.5),
 }
 PEERS: dict[str, Callable[[], Column]] = {
     "ModelPruning": LightningPruning, "torch.nn.utils.prune": TorchPrune, "torch.ao.pruning": AoPruning,
