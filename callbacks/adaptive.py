@@ -7,11 +7,15 @@ from pytorch_lightning import LightningModule, Trainer
 
 from sparsity.adaptive import ADAPTIVE, FINE_TUNING, Adaptive, Phases
 from sparsity.distributions import Distribution
+from sparsity.errors import InputError
 from sparsity.penalties import Penalty
 from sparsity.targets import Targets
 
 from .judge import Judge
+from .passes import one_loader
 from .staged import Staged
+
+CYCLED = ("lr", "momentum", "betas")
 
 
 class HyperSparse(Staged):
@@ -52,6 +56,7 @@ class HyperSparse(Staged):
     ) -> None:
         super().__init__(Adaptive(sparsity, penalty, phases, distribution, targets))
         self.judge = Judge(measure)
+        self.measured: dict[str, float] = {}  # the last two qualities
         self._restarted = False
         self._schedules: list[Any] = []  # those that wait for the fine-tuning
 
@@ -59,19 +64,26 @@ class HyperSparse(Staged):
         """Those of the fine-tuning."""
         return self.sparsifier.phases.epochs(epochs)[1]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not pl_module.automatic_optimization and (trainer.lr_scheduler_configs or self.judge.measure == "loss"):
+            raise InputError(
+                "with manual optimization HyperSparse can neither hold the module's own schedules until fine-tuning "
+                'begins nor read its loss: leave the schedules out, and take measure="accuracy"'
+            )
+        super().on_fit_start(trainer, pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        one_loader(trainer)
         if trainer.global_step == 0:
             self._restarted = False
         if not self._restarted:
-            self._suspend(trainer, pl_module)
+            self._suspend(trainer)
+            self.judge.watch(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.sparsifier.phase == FINE_TUNING and not self._restarted:
-            self._begin_fine_tuning(trainer)
-        elif self.sparsifier.phase == ADAPTIVE:
-            self.judge.watch(pl_module)
         super().on_train_epoch_start(trainer, pl_module)
+        self.judge.begin()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -79,11 +91,16 @@ class HyperSparse(Staged):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.judge.see(trainer, outputs, batch)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pruned, dense = self._qualities(trainer, pl_module) if self.sparsifier.phase == ADAPTIVE else (None, None)
-        self.judge.forget()
-        self.sparsifier.end_epoch(pruned, dense)
-        trainer.should_stop = trainer.should_stop or self.sparsifier.done()
+    def close_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judges the network in the phase of regularisation, and begins the fine-tuning after it."""
+        adaptive = self.sparsifier.phase == ADAPTIVE
+        self.sparsifier.end_epoch(*(self._qualities(trainer, pl_module) if adaptive else ()))
+        if self.sparsifier.phase == FINE_TUNING and not self._restarted:
+            self.judge.forget()
+            self._resume_schedules(trainer)
+            assert self.restart is not None
+            self.restart(trainer)
+            self._restarted = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.judge.forget()
@@ -95,11 +112,12 @@ class HyperSparse(Staged):
         super().teardown(trainer, pl_module, stage)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "restarted": self._restarted}
+        return {**super().state_dict(), "restarted": self._restarted, "judge": self.judge.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._restarted = state_dict["restarted"]
+        self.judge.load_state_dict(state_dict["judge"])
 
     def story(self) -> dict[str, Any]:
         """What the report says of the phases."""
@@ -107,32 +125,27 @@ class HyperSparse(Staged):
 
     def _qualities(self, trainer: Trainer, pl_module: LightningModule) -> tuple[float, float]:
         """Of the network pruned now, and of the one that has been trained in this epoch."""
-        # After a resume in the middle of an epoch there is no whole one to look back on.
-        dense = self.judge.running(trainer) if self.judge.watches() else self.judge.of(trainer, pl_module)
+        dense = self.judge.running(trainer)
         if not (math.isfinite(dense) and self.sparsifier.finite()):
             return math.nan, math.nan
         with self.sparsifier.pruned():
             pruned = self.judge.of(trainer, pl_module)
-        pl_module.log("sparsity/quality_pruned", pruned)
-        pl_module.log("sparsity/quality_dense", dense)
+        self.measured = {"sparsity/quality_pruned": pruned, "sparsity/quality_dense": dense}
+        for logger in trainer.loggers:
+            logger.log_metrics(self.measured, step=trainer.global_step)
         return pruned, dense
 
-    def _suspend(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _suspend(self, trainer: Trainer) -> None:
         """Takes the schedules away from the trainer: the learning rate is the optimizers' own."""
-        if not pl_module.automatic_optimization:
-            return  # their steps are the module's
         self._schedules, trainer.strategy.lr_scheduler_configs = trainer.strategy.lr_scheduler_configs, []
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group.get("initial_lr", group["lr"])
+                if "max_lr" in group:  # cyclic schedules write over what the group had, momentum too
+                    group.update({key: optimizer.defaults[key] for key in CYCLED if key in group})
+                else:
+                    group["lr"] = group.get("initial_lr", group["lr"])
 
     def _resume_schedules(self, trainer: Trainer) -> None:
         if self._schedules:
             trainer.strategy.lr_scheduler_configs = self._schedules
         self._schedules = []
-
-    def _begin_fine_tuning(self, trainer: Trainer) -> None:
-        self._resume_schedules(trainer)
-        assert self.restart is not None
-        self.restart(trainer)
-        self._restarted = True

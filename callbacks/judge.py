@@ -32,11 +32,17 @@ class Judge:
         self._sums: list[Tensor] = []  # of the epoch so far: qualities, and how many of them
 
     def watch(self, module: LightningModule) -> None:
-        """Begins to read what the module gives, and a new epoch."""
+        """Begins to read what the module gives; sums that were restored are gone on with."""
+        sums = self._sums or [torch.zeros((), dtype=torch.float64) for _ in range(2)]
         self.forget()
-        self._sums = [torch.zeros((), dtype=torch.float64, device=_place(module)) for _ in range(2)]
+        self._sums = [each.to(_place(module)) for each in sums]
         if self.measure == "accuracy":
             self._hook = module.register_forward_hook(self._read)
+
+    def begin(self) -> None:
+        """A new epoch."""
+        for each in self._sums:
+            each.zero_()
 
     def forget(self) -> None:
         """Reads no more."""
@@ -44,13 +50,16 @@ class Judge:
             self._hook.remove()
         self._hook, self._outputs, self._sums = None, None, []
 
-    def watches(self) -> bool:
-        """Whether an epoch is being read, from its start."""
-        return bool(self._sums)
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of the epoch so far, those of this process."""
+        return {"sums": [each.cpu().clone() for each in self._sums]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sums = list(state["sums"])
 
     def see(self, trainer: Trainer, outputs: Any, batch: Any) -> None:
         """A batch of training has ended."""
-        if not self.watches():
+        if not self._sums:
             return
         if self.measure == "loss":
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs

@@ -11,7 +11,7 @@ from sparsity.distributions import Distribution
 from sparsity.lottery import Lottery, Particles
 from sparsity.targets import Targets
 
-from .passes import forward, training_batches
+from .passes import forward, one_loader, training_batches
 from .restart import Restart
 from .staged import Staged
 
@@ -51,8 +51,9 @@ class IterativeMagnitude(Staged):
 
     def _begin(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        self._rewound = False  # so that the optimizers have to be
         self._noted = False  # whether `restart` is of the moment that is rewound to
+        self._metrics: dict[str, float] = {}  # of the last validation
+        self._validated = -1  # its epoch
 
     def stage_epochs(self, epochs: int) -> int:
         """Those of a round."""
@@ -66,17 +67,16 @@ class IterativeMagnitude(Staged):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        if self.sparsifier.averages():
+            one_loader(trainer)
         if trainer.global_step == 0:
             self._begin()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
         if not self._noted and self.sparsifier.epoch == self.sparsifier.rewound:
             # Schedules by epoch have gone on since the last epoch ended.
             self.restart, self._noted = Restart(trainer), True
-        if self._rewound and self.restart is not None:
-            self.restart(trainer)
-        self._rewound = False
-        super().on_train_epoch_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -85,22 +85,31 @@ class IterativeMagnitude(Staged):
         if trainer.is_last_batch:
             self.sparsifier.collect(partial(self._recompute, trainer, pl_module))
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Metrics of training are those of the epoch before.
+        found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._metrics = {name: each for name, each in found.items() if not name.startswith(("train", "sparsity/"))}
+        self._validated = trainer.current_epoch
+
+    def close_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the end of a round, and goes back to the ticket."""
         sparsifier = self.sparsifier
-        row = self._row(trainer)
-        before = sparsifier.round, sparsifier.done()
-        self._rewound = sparsifier.end_epoch()
+        row, before = self._row(trainer), (sparsifier.round, sparsifier.done())
+        rewound = sparsifier.end_epoch()
         if (sparsifier.round, sparsifier.done()) != before:
             self.rows.append(row)
-        trainer.should_stop = trainer.should_stop or sparsifier.done()
+        if rewound and self.restart is not None:
+            self.restart(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         restart = self.restart.state_dict() if self._noted and self.restart else None
-        return {**super().state_dict(), "rows": list(self.rows), "rewound": self._rewound, "restart": restart}
+        more = {"rows": list(self.rows), "restart": restart, "validated": self._validated}
+        return {**super().state_dict(), **more, "metrics": dict(self._metrics)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.rows, self._rewound = list(state_dict["rows"]), state_dict["rewound"]
+        self.rows, self._validated = list(state_dict["rows"]), state_dict["validated"]
+        self._metrics = dict(state_dict["metrics"])
         self._noted = state_dict["restart"] is not None
         if self._noted:
             self.restart = Restart.from_state(state_dict["restart"])
@@ -110,12 +119,10 @@ class IterativeMagnitude(Staged):
         return {"rounds": self.rows}
 
     def _row(self, trainer: Trainer) -> dict[str, Any]:
-        """What is known of the network now; metrics of training are those of the epoch before, and left out."""
-        found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        metrics = {name: value for name, value in found.items() if not name.startswith(("train", "sparsity/"))}
+        """What is known of the network at the end of the epoch that is being closed, validated then or not at all."""
         return {
-            "round": self.sparsifier.round, "epochs": trainer.current_epoch + 1,
-            "sparsity": 1 - self.sparsifier.density(), "metrics": metrics,
+            "round": self.sparsifier.round, "epochs": self.closed, "sparsity": 1 - self.sparsifier.density(),
+            "metrics": dict(self._metrics) if self._validated == self.closed - 1 else {},
         }  # fmt: skip
 
     def _recompute(self, trainer: Trainer, pl_module: LightningModule) -> None:

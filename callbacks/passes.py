@@ -17,14 +17,20 @@ def training_batches(trainer: Trainer, module: LightningModule) -> Iterator[Any]
     """The training batches, on the device and in the precision that a training step gets them in."""
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
-    if isinstance(trainer.train_dataloader, list | tuple | dict):
-        raise InputError("this reads one training dataloader, and there are several: use `train.py oneshot`")
-    for number, batch in enumerate(trainer.train_dataloader or ()):
+    one_loader(trainer)
+    for number, batch in enumerate(() if trainer.train_dataloader is None else trainer.train_dataloader):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         if number + 1 >= trainer.num_training_batches:
             return
+
+
+def one_loader(trainer: Trainer) -> None:
+    """Raises `InputError` where there are several training dataloaders."""
+    if isinstance(trainer.train_dataloader, list | tuple | dict):
+        kind = type(trainer.train_dataloader).__name__
+        raise InputError(f"the training data is read outside of training too, from one dataloader; got a {kind}")
 
 
 def forward(trainer: Trainer, model: nn.Module, batch: Any) -> Any:

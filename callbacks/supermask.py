@@ -12,8 +12,8 @@ class EdgePopup(Sparsify):
     """Edge-popup: Ramanujan et al. (CVPR 2020, arXiv 1911.13299). A network hidden in random weights.
 
     Each weight has a score, and the highest of each layer are kept; only scores are trained, by an optimizer like the
-    model's. Start from an untrained network; biases stay as they are, so leave them out, and norms without parameters
-    are what the authors use.
+    model's, which clipping does not reach. Start from an untrained network; biases stay as they are, so leave them out,
+    and norms without parameters are what the authors use. Frozen layers keep their largest magnitudes.
 
     Args:
         sparsity: fraction of zeros over all targets, in [0, 1).

@@ -122,10 +122,14 @@ class Adaptive(Sparsifier):
     def plan(self, horizon: Horizon) -> Plan:
         """Pruning when the fine-tuning begins, at the latest."""
         if horizon.steps is None or not horizon.per_epoch:
-            raise InputError("the phases are counted in epochs of a training with an end: set max_epochs")
-        total = horizon.steps // horizon.per_epoch
-        self._warm_up, self._fine_tune = self.phases.epochs(total)
-        self._last = total - self._fine_tune
+            raise InputError(
+                "the phases are counted in epochs of a training with an end: set max_epochs, and limit_train_batches "
+                "where the loader has no length"
+            )
+        if self._last == 0:  # a run that goes on keeps the lengths it was begun with
+            total = horizon.steps // horizon.per_epoch
+            self._warm_up, self._fine_tune = self.phases.epochs(total)
+            self._last = total - self._fine_tune
         if self.phase == FINE_TUNING:
             return {self.renewed: self.sparsity}
         if self._warm_up == 0 and self.epochs == 0:
@@ -183,9 +187,13 @@ class Adaptive(Sparsifier):
         parameters = list(self.model.parameters())
         return shards.all_agree(all(all_finite(shards.local(each.detach())) for each in parameters), parameters)
 
+    def ending(self) -> bool:
+        """Whether this epoch is the last one of the fine-tuning."""
+        return self.phase == FINE_TUNING and self.epochs + 1 == self.ends
+
     def done(self) -> bool:
-        """Whether the fine-tuning has just come to its end."""
-        return self.epochs == self.ends
+        """Whether the fine-tuning is over."""
+        return self.phase == FINE_TUNING and self.epochs >= self.ends
 
     def _judge(self, pruned: float | None, dense: float | None) -> None:
         if pruned is None or dense is None:
@@ -203,7 +211,7 @@ class Adaptive(Sparsifier):
                 self._quality, self._best = mean, self._candidates[0]
         if self._quality >= dense:
             self._prune("pruned, the network was as good as dense")
-        elif self.epochs == self._last:
+        elif self.epochs >= self._last:
             self._prune("only the fine-tuning was left")
 
     def _rescue(self) -> None:
@@ -243,7 +251,7 @@ class Adaptive(Sparsifier):
             **super().state_dict(),
             "phase": self.phase, "epochs": self.epochs, "chosen": self.chosen, "ends": self.ends,
             "reason": self.reason, "step": self._step, "quality": self._quality, "qualities": self._qualities,
-            "settings": self._settings(),
+            "settings": self._settings(), "lengths": [self._warm_up, self._fine_tune, self._last],
             "candidates": [each.state_dict(self.model) for each in self._candidates],
             "best": [each.state_dict(self.model) for each in best],
         }  # fmt: skip
@@ -259,6 +267,7 @@ class Adaptive(Sparsifier):
         self._forget()
         self.phase, self.epochs, self.chosen, self.ends = (state[k] for k in ("phase", "epochs", "chosen", "ends"))
         self.reason, self._step = state["reason"], state["step"]
+        self._warm_up, self._fine_tune, self._last = state["lengths"]
         self._quality, self._qualities = state["quality"], list(state["qualities"])
         self._candidates = [Moment.from_state(each) for each in state["candidates"]]
         self._best = next((Moment.from_state(each) for each in state["best"]), None)

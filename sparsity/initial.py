@@ -140,4 +140,9 @@ def _mean(found: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
         count += 1
     if not count:
         raise InputError("there is no batch to score the network by: give at least one")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        batches = torch.tensor(count, device=next(iter(total.values())).device)
+        for tensor in (batches, *total.values()):
+            torch.distributed.all_reduce(tensor)
+        count = int(batches)
     return {name: gradient / count for name, gradient in total.items()}

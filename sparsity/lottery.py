@@ -70,10 +70,10 @@ class Lottery(Sparsifier):
             raise InputError("sparsity=0 leaves nothing to prune: it must lie in (0, 1)")
         self.rate, self.rewind, self.particles = rate, rewind, particles or Particles(1, 0)
         self.levels = rounds(sparsity, rate)  # after each pruning
-        self.length = self.rewound = 0
         self._forget()
 
     def _forget(self) -> None:
+        self.length = self.rewound = 0
         self.round = self.particle = self.epoch = 0
         self.ended = False
         self._ticket: Moment | None = None
@@ -117,8 +117,12 @@ class Lottery(Sparsifier):
     def plan(self, horizon: Horizon) -> Plan:
         """What has been pruned so far, and the last pruning."""
         if horizon.steps is None or not horizon.per_epoch:
-            raise InputError("rounds are counted in epochs of a training with an end: set max_epochs")
-        self.length, self.rewound = self.lengths(horizon.steps // horizon.per_epoch)
+            raise InputError(
+                "rounds are counted in epochs of a training with an end: set max_epochs, and limit_train_batches where "
+                "the loader has no length"
+            )
+        if self.length == 0:  # a run that goes on keeps the lengths it was begun with
+            self.length, self.rewound = self.lengths(horizon.steps // horizon.per_epoch)
         done = dict(list(self._plan.items())[: self.round])
         if self.round == len(self.levels):
             return done or {self.renewed: self.sparsity}
@@ -126,8 +130,9 @@ class Lottery(Sparsifier):
         return {**done, before * horizon.per_epoch: self.sparsity}
 
     def update(self, step: int, optimizer: Optimizer | None = None) -> None:
+        """After backward: the gradients of pruned weights are masked. Masks are renewed between epochs only."""
         self._step = max(self._step, step + 1)
-        super().update(step, optimizer)
+        self._upkeep.mask_gradients(self.weights(), self.masks)
 
     def collect(self, recompute: Callable[[], object] | None = None) -> None:
         """All batches of an epoch are through. Where a round ends, its average becomes the network.
@@ -135,8 +140,7 @@ class Lottery(Sparsifier):
         `recompute` then computes the statistics of batch norms anew, which those of an average are not.
         """
         last = max(1, round(self.particles.averaged * self.length))
-        averages = self.particles.averaged > 0 or self.particles.count > 1
-        if not averages or self.ended or self.epoch + 1 <= self.length - last:
+        if not self.averages() or self.ended or self.epoch + 1 <= self.length - last:
             return
         assert self.model is not None
         if self._mean is None:
@@ -149,6 +153,10 @@ class Lottery(Sparsifier):
             self.enforce()
             if recompute is not None:
                 recompute()
+
+    def averages(self) -> bool:
+        """Whether networks are averaged at all."""
+        return self.particles.averaged > 0 or self.particles.count > 1
 
     @torch.no_grad()
     def end_epoch(self) -> bool:
@@ -163,6 +171,7 @@ class Lottery(Sparsifier):
             return False
         self.particle = (self.particle + 1) % self.particles.count
         if self.particle == 0:
+            self._mean = None
             if self.round == len(self.levels):
                 self.ended = True
                 return False
@@ -172,6 +181,11 @@ class Lottery(Sparsifier):
         self.epoch = self.rewound
         self.enforce()
         return True
+
+    def ending(self) -> bool:
+        """Whether this epoch is the last one of the last round."""
+        last = self.particle + 1 == self.particles.count and self.round == len(self.levels)
+        return not self.ended and last and self.epoch + 1 == self.length
 
     def done(self) -> bool:
         """Whether all rounds have been trained."""
@@ -193,6 +207,7 @@ class Lottery(Sparsifier):
             **super().state_dict(),
             "round": self.round, "particle": self.particle, "epoch": self.epoch, "ended": self.ended,
             "step": self._step, "plan": dict(self._plan), "settings": self._settings(),
+            "lengths": [self.length, self.rewound],
             **{name: [each.state_dict(self.model)] if each else [] for name, each in moments.items()},
         }  # fmt: skip
 
@@ -206,6 +221,7 @@ class Lottery(Sparsifier):
             )
         self.round, self.particle, self.epoch = state["round"], state["particle"], state["epoch"]
         self.ended, self._step, self._plan = state["ended"], state["step"], dict(state["plan"])
+        self.length, self.rewound = state["lengths"]
         self._steps = sorted(self._plan)
         self._ticket, self._mean = (
             next((Moment.from_state(each) for each in state[name]), None) for name in ("ticket", "mean")

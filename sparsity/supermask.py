@@ -68,8 +68,8 @@ class Supermask(Learned):
     def first_masks(self) -> Masks:
         """All weights; and the scores at the start."""
         weights = self.weights()
-        if self.constant:
-            for name, weight in weights.items():
+        for name, weight in weights.items():
+            if self.constant and weight.requires_grad:
                 self._flatten(name, weight)
         full = super().first_masks()
         scores = self.scores(self.score, full, "0")
@@ -78,7 +78,9 @@ class Supermask(Learned):
         for name in weights:
             face = self.facing(name, self._whole(name)).float()
             kept = largest(face.abs(), self._kept[name])
-            first = self.first_scores(name, face, kept).to(face.device)
+            # Weights that no one trains have no scores to learn: their largest magnitudes stay.
+            learns = weights[name].requires_grad
+            first = self.first_scores(name, face, kept).to(face.device) if learns else face.abs()
             self.learned[name] = Parameter(self.facing(name, first).contiguous())
         self._make_optimizer()
         return full

@@ -151,6 +151,17 @@ def test_a_trainers_module_keeps_everything_but_its_masks(make: Callable[[float]
     assert method.sparsifier.density() == pytest.approx(0.5, abs=0.001)
 
 
+@pytest.mark.parametrize("make", [EdgePopup, SignedSupermask])
+def test_frozen_layers_keep_their_largest_magnitudes(make: Callable[[float], Sparsify]) -> None:
+    model, method = task(), make(0.5)
+    weight = model.net.frozen.weight.detach().clone()
+    trainer(method).fit(model, Batches())
+    kept = method.sparsifier.masks["net.frozen.weight"]
+    threshold = weight.abs().flatten().sort(descending=True).values[127]
+    assert torch.equal(kept, weight.abs() >= threshold)
+    assert torch.equal(model.net.frozen.weight, weight * kept)
+
+
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(InputError, match="no optimizer holds a target weight that requires a gradient"):
         Supermask(0.5).attach(net())

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from callbacks import HyperSparse
 from callbacks.judge import Judge, hits
-from sparsity import InputError
+from sparsity import InputError, masks
 from sparsity.adaptive import FINE_TUNING, Phases
 from sparsity.penalties import HyperSparsity
-from tests.nets import Batch, Batches, Net, Task, trainer
+from tests.nets import Batch, Batches, SaveEpochs, Task, ValidatedTask, trainer
 
 
 class Scheduled(Task):
@@ -73,6 +73,100 @@ def test_the_schedule_is_of_the_fine_tuning_and_the_optimizer_is_new(kind: str, 
     assert [step for step, fresh in enumerate(rates.fresh) if fresh] == [0, len(before)]
 
 
+class Doubtful(Task):
+    """Its loss is high when the pruned network is judged."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 9 * (not self.training)
+
+
+class Cyclic(Scheduled):
+    """With a schedule that writes over the optimizer's settings."""
+
+    def configure_optimizers(self) -> Any:
+        self.asked = int(self.trainer.estimated_stepping_batches)
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, self.asked)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def test_a_cyclic_schedule_waits_with_the_optimizers_own_rate() -> None:
+    model, callback = Cyclic(), method()
+    rates = Rates(callback)
+    trainer(rates, callback, epochs=6).fit(model, Batches())
+    before = [rate for phase, rate in rates.seen if phase != FINE_TUNING]
+    after = [rate for phase, rate in rates.seen if phase == FINE_TUNING]
+    assert set(before) == {0.05}
+    assert after[0] == pytest.approx(0.1 / 25)
+    assert max(after) == pytest.approx(0.1, rel=0.01)
+
+
+class Manual(Scheduled):
+    """Steps its own schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+def test_schedules_that_cannot_be_held_are_refused() -> None:
+    with pytest.raises(InputError, match="manual optimization HyperSparse can neither hold"):
+        trainer(method(), epochs=6).fit(Manual(), Batches())
+
+
+def test_a_failing_start_gives_the_trainers_epochs_back() -> None:
+    class Failing(Task):
+        def configure_optimizers(self) -> Any:
+            raise KeyError("on purpose")
+
+    runner = trainer(method(), epochs=6)
+    with pytest.raises(KeyError):
+        runner.fit(Failing(), Batches())
+    assert runner.max_epochs == 6
+
+
+def test_a_checkpoint_of_an_epoch_has_the_network_that_was_trained_in_it(tmp_path: Path) -> None:
+    class Look(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[Tensor] = []
+
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.seen.append(pl_module.state_dict()["net.fc.weight"].clone())
+
+    pl.seed_everything(0, verbose=False)
+    look = Look()
+    callbacks = [method(), look, SaveEpochs(tmp_path)]
+    trainer(*callbacks, epochs=6, enable_checkpointing=True).fit(ValidatedTask(), Batches(), Batches(1))
+    look.seen = look.seen[-len(list(tmp_path.iterdir())) :]
+    for epoch, weight in enumerate(look.seen):
+        saved = torch.load(tmp_path / f"{epoch}.ckpt", weights_only=True)["state_dict"]["net.fc.weight"]
+        assert torch.equal(saved, weight), f"epoch {epoch}"
+
+
+@pytest.mark.parametrize("epochs", [5, 9])
+def test_a_resumed_run_keeps_its_lengths(epochs: int, tmp_path: Path) -> None:
+    pl.seed_everything(0, verbose=False)
+    whole = method(measure="loss")
+    trainer(whole, SaveEpochs(tmp_path), epochs=6, enable_checkpointing=True).fit(Doubtful(), Batches())
+    resumed = HyperSparse(0.8, HyperSparsity(1e-4), Phases("1ep", "3ep", 0), measure="loss")
+    model = Doubtful()
+    runner = trainer(resumed, epochs=epochs)
+    runner.fit(model, Batches(), ckpt_path=str(tmp_path / "0.ckpt"), weights_only=True)
+    assert resumed.sparsifier.phase == whole.sparsifier.phase == FINE_TUNING
+    assert resumed.sparsifier.chosen == whole.sparsifier.chosen
+    assert resumed.sparsifier.ends == whole.sparsifier.ends
+
+
+def test_a_second_fit_trains_on_what_is_left() -> None:
+    model, callback = Certain(), method()
+    trainer(callback, epochs=9).fit(model, Batches())
+    fingerprint = masks.fingerprint(callback.sparsifier.masks)
+    again = trainer(callback, epochs=4)
+    again.fit(model, Batches())
+    assert again.current_epoch == 4
+    assert masks.fingerprint(callback.sparsifier.masks) == fingerprint
+
+
 class Certain(Task):
     """Its pruned network is as good as the dense one: all outputs are the same."""
 
@@ -91,7 +185,7 @@ def test_training_ends_with_the_fine_tuning() -> None:
         "phase": FINE_TUNING, "epochs": 5, "network_of_epoch": 2, "fine_tuning_from_epoch": 2,
         "because": "pruned, the network was as good as dense",
     }  # fmt: skip
-    assert runner.callback_metrics["sparsity/quality_pruned"] == runner.callback_metrics["sparsity/quality_dense"]
+    assert callback.measured["sparsity/quality_pruned"] == callback.measured["sparsity/quality_dense"]
 
 
 def test_the_run_that_has_ended_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -148,11 +242,17 @@ class Broken(Task):
 
 
 def test_what_accuracy_cannot_be_measured_of_is_said_at_once() -> None:
+    runner = trainer(method(), epochs=6)
     with pytest.raises(InputError, match="never calls self"):
-        trainer(method(), epochs=6).fit(Elsewhere(), Batches())
-    runner = trainer(method(measure="loss"), epochs=6)
-    runner.fit(Elsewhere(), Batches())
-    assert isinstance(Elsewhere().net, Net)
+        runner.fit(Elsewhere(), Batches())
+    assert runner.global_step <= 1
+    callback = method(measure="loss")
+    trainer(callback, epochs=6).fit(Elsewhere(), Batches())
+    assert -9 < callback.measured["sparsity/quality_pruned"] < 0
+    runner = trainer(method(), epochs=6)
+    with pytest.raises(InputError, match="from one dataloader; got a list"):
+        runner.fit(Task(), [Batches(), Batches()])
+    assert runner.global_step == 0
     with pytest.raises(InputError, match="measure must be one of accuracy, loss, got 'f1'"):
         method(measure="f1")
 

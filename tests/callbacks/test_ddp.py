@@ -9,14 +9,17 @@ import torch
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks import LAMP, Sparsify, StaticMask
-from sparsity import masks
+from callbacks import LAMP, OneShot, Sparsify, StaticMask
+from sparsity import Targets, masks
+from sparsity.initial import SNIP, GraSP
 from sparsity.schedules import Linear
 from tests.nets import Task, trainer
 
 METHODS: dict[str, Callable[[], Sparsify]] = {
     "LAMP": lambda: LAMP(sparsity=0.9, schedule=Linear(0.1, 0.8, 0.1)),
     "StaticMask": lambda: StaticMask(sparsity=0.9),
+    "SNIP": lambda: OneShot(0.9, score=SNIP(), targets=Targets(exclude=["*unused*"])),
+    "GraSP": lambda: OneShot(0.9, score=GraSP(), targets=Targets(exclude=["*unused*"])),
 }
 
 

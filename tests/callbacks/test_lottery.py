@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.loggers import CSVLogger
 
 from callbacks import SWAMP, IterativeMagnitude, SparsityReport
+from sparsity import masks
 from sparsity.lottery import Particles
 from tests.callbacks.test_adaptive import Scheduled
-from tests.nets import Batches, SaveEpochs, Task, ValidatedTask, trainer
+from tests.nets import Batch, Batches, SaveEpochs, Task, ValidatedTask, trainer
 
 
 class Watched(Scheduled, ValidatedTask):
@@ -75,6 +78,91 @@ def test_a_run_with_a_schedule_is_resumed_anywhere(epoch: int, tmp_path: Path) -
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert resumed.rows == method.rows
     assert [row["epochs"] for row in method.rows] == [5, 9]
+
+
+def test_the_best_checkpoint_is_as_good_as_its_name(tmp_path: Path) -> None:
+    pl.seed_everything(0, verbose=False)
+    saver = ModelCheckpoint(
+        tmp_path, "{epoch}-{val/loss:.6f}", "val/loss", save_top_k=-1, auto_insert_metric_name=False
+    )
+    method = IterativeMagnitude(0.6, rate=0.5, rewind="1ep")
+    trainer(method, saver, epochs=7, enable_checkpointing=True).fit(Watched(), Batches(), Batches(2, seed=5))
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 7
+    for file in files:
+        model = Watched()
+        model.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+        [found] = trainer(epochs=1).validate(model, Batches(2, seed=5), verbose=False)
+        assert found["val/loss"] == pytest.approx(float(file.stem.split("-")[1]), abs=1e-5)
+
+
+class SaveBatches(Checkpoint):
+    """Saves a checkpoint after the last batch of every epoch, before its validation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.is_last_batch:
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt", weights_only=False)
+
+
+@pytest.mark.parametrize("step", [6, 12, 18, 24, 30])
+def test_a_checkpoint_of_the_last_batch_is_gone_on_from(step: int, tmp_path: Path) -> None:
+    def make() -> IterativeMagnitude:
+        return SWAMP(0.6, rate=0.6, rewind="1ep", particles=Particles(2, 0.5))
+
+    pl.seed_everything(0, verbose=False)
+    model, method = Watched("steps"), make()
+    trainer(method, SaveBatches(tmp_path), epochs=9, enable_checkpointing=True).fit(
+        model, Batches(), Batches(2, seed=5)
+    )
+    again, resumed = Watched("steps"), make()
+    trainer(resumed, epochs=9).fit(
+        again, Batches(), Batches(2, seed=5), ckpt_path=str(tmp_path / f"{step}.ckpt"), weights_only=True
+    )
+    assert [row["epochs"] for row in resumed.rows] == [5, 9]
+    assert resumed.sparsifier.done()
+    assert masks.fingerprint(resumed.sparsifier.masks) == masks.fingerprint(method.sparsifier.masks)
+
+
+def test_rows_have_no_metrics_of_another_epoch() -> None:
+    pl.seed_everything(0, verbose=False)
+    method = IterativeMagnitude(0.6, rate=0.5, rewind="1ep")  # rounds end after epochs 3, 5, 7
+    runner = trainer(method, epochs=7, check_val_every_n_epoch=3)
+    runner.fit(Watched(), Batches(), Batches(2, seed=5))
+    assert [sorted(row["metrics"]) for row in method.rows] == [["val/loss"], [], []]
+
+
+def test_more_steps_than_planned_prune_nothing_by_themselves() -> None:
+    class Twice(Task):
+        """Two steps of the optimizer per batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]  # manual optimization
+            optimizer = self.optimizers()
+            assert isinstance(optimizer, LightningOptimizer)
+            for _ in range(2):
+                optimizer.zero_grad()
+                self.manual_backward(torch.nn.functional.cross_entropy(self(batch[0]), batch[1]))
+                optimizer.step()
+
+    class Densities(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[set[float]] = []
+
+        def on_train_epoch_start(self, *_: Any) -> None:
+            self.seen.append(set())
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.seen[-1].add(round(method.sparsifier.density(), 2))
+
+    method, densities = IterativeMagnitude(0.75, rate=0.5), Densities()
+    trainer(method, densities, epochs=6).fit(Twice(), Batches())
+    assert densities.seen == [{1.0}, {1.0}, {0.5}, {0.5}, {0.25}, {0.25}]
 
 
 def test_the_statistics_of_batch_norms_are_those_of_the_average() -> None:
