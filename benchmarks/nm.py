@@ -4,7 +4,7 @@
 
 Each seed trains one dense network; every method starts from it, and those that train have the same number of steps and
 the same batches; "from scratch" starts from none, for 1,500 steps. Learned masks leave the weights as they are, and so
-do all one-shot methods but "SparseGPT". Losses are in nats per character over the whole validation and test texts. Runs
+do all one-shot methods but "SparseGPT". Losses are in nats per byte over the whole validation and test texts. Runs
 that the result file already has are not repeated.
 """
 
@@ -13,7 +13,7 @@ import json
 import logging
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from itertools import islice
@@ -57,6 +57,9 @@ TRAINED: dict[str, Callable[[str], Sparsify]] = {
     "PGF, geometric": lambda pattern: PGF(pattern, Geometric()),
 }  # fmt: skip
 FROZEN_PATTERNS = ("2:4", "1:4", "4:8")
+GROUPS: dict[str, Collection[str]] = {"one-shot": ONE_SHOT, "learned": LEARNED, "trained": TRAINED}
+COLOURS = {"one-shot": ("#bbbbbb", "masks at once"), "learned": ("#4477aa", "learned masks, weights frozen"),
+           "trained": ("#ccbb44", "weights trained through masks")}  # fmt: skip
 Case = tuple[str, str, int]
 
 
@@ -234,22 +237,28 @@ def figure(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = result["summary"]
-    patterns = list(dict.fromkeys(row["pattern"] for row in rows if row["pattern"] != "dense"))
-    picture = Figure(figsize=(4 * len(patterns), 5), layout="constrained")
     lines = {row["pattern"]: row["val_loss_mean"] for row in rows if row["method"] == "dense"}
-    for axes, pattern in zip(picture.subplots(1, len(patterns), squeeze=False)[0], patterns, strict=True):
+    picture = Figure(figsize=(13, 8), layout="constrained")
+    places = picture.subplots(2, 3)
+    for axes, pattern in zip(places.flat, [*FROZEN_PATTERNS, "1:8", SCRATCH], strict=False):
         line = lines.get(pattern, lines["dense"])
         mine = [row for row in rows if row["pattern"] == pattern and row["method"] != "dense"]
         mine.sort(key=lambda row: -row["val_loss_mean"])
-        colours = ["#bbbbbb" if row["method"] in ONE_SHOT else "#4477aa" if row["method"] in LEARNED else "#ccbb44"
+        colours = [next(colour for group, (colour, _) in COLOURS.items() if row["method"] in GROUPS[group])
                    for row in mine]  # fmt: skip
         axes.barh([row["method"] for row in mine], [row["val_loss_mean"] for row in mine], color=colours,
                   xerr=[row["val_loss_std"] or 0 for row in mine])  # fmt: skip
-        axes.axvline(line, color="#cc6677", linestyle="--", label=f"dense: {line:.3f}")
-        axes.set(title=pattern, xlabel="validation loss, nats per character", xlim=(0.9 * line, None))
+        axes.axvline(line, color="#cc6677", linestyle="--")
+        axes.set(xlabel="validation loss, nats per byte", xlim=(0.95 * line, None))
+        axes.set_title(f"{pattern} (dense: {line:.3f})", loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="lower right", frameon=False)
-    picture.savefig(path, dpi=110)
+    legend = places.flat[-1]
+    legend.axis("off")
+    for colour, label in COLOURS.values():
+        legend.bar([0], [0], color=colour, label=label)
+    legend.plot([], [], color="#cc6677", linestyle="--", label="the dense network")
+    legend.legend(loc="center", frameon=False, fontsize=11)
+    picture.savefig(path, dpi=100)
 
 
 def main() -> None:
