@@ -113,7 +113,7 @@ def _table(report: Report) -> Table:
     view = Table(
         title=f"sparsity {achieved:.4f} of {total:,} target weights (asked for: {target:.4f})", show_footer=True
     )
-    view.add_column("layer", "all targets")
+    view.add_column("layer", "all targets", overflow="fold")  # cut off, names would be the same
     view.add_column("shape")
     view.add_column("weights", f"{total:,}", justify="right")
     view.add_column("kept", f"{kept:,}", justify="right")
