@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+import callbacks
 from callbacks import Sparsify, SparsityReport
 from sparsity import InputError, checkpoints, data, masks, models
 
@@ -72,7 +73,8 @@ def _parameters(class_path: str) -> list[str]:
 
 def _methods(base: type) -> list[type]:
     children: list[type] = base.__subclasses__()
-    return [each for child in children for each in (child, *_methods(child))]
+    found = [each for child in children for each in (child, *_methods(child))]
+    return [each for each in found if each.__name__ in callbacks.__all__]
 
 
 class SparseTrainer(Trainer):

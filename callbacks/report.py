@@ -124,14 +124,14 @@ class SparsityReport(Callback):
                 **(method.sparsifier.history.last() if method and trainer.state.fn == "fit" else {}),
                 "layers": layers,
             },
-            "warnings": report.warnings(layers),
-            **(method.story() if method and trainer.state.fn == "fit" else {}),
             "flops": self._flops(pl_module, found),
             "bytes": report.sizes(pl_module, found, weights),
             "versions": {
                 "python": platform.python_version(), "torch": torch.__version__,
                 "pytorch_lightning": version("pytorch-lightning"), "sparsity": __version__,
             },
+            "warnings": report.warnings(layers),
+            **(method.story() if method and trainer.state.fn == "fit" else {}),
         }  # fmt: skip
 
     def _keep_inputs(self, pl_module: LightningModule, batch: Any) -> None:

@@ -534,7 +534,7 @@ def test_calibration_in_fit_is_in_the_trainers_precision(precision: str) -> None
 
 def test_several_training_loaders_are_refused() -> None:
     method = OneShot(0.5, score=Wanda(), targets=Targets(exclude=["*unused*"]))
-    with pytest.raises(InputError, match="this reads one training dataloader"):
+    with pytest.raises(InputError, match="from one dataloader; got a"):
         trainer(method).fit(task(), [Batches(), Batches()])
 
 

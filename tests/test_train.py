@@ -55,7 +55,7 @@ def test_fit_leaves_the_report_and_prints_its_path_last(tmp_path: Path, capsys: 
     fit(tmp_path)
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {newest(tmp_path, 'report.json')}"
     report = read(tmp_path)
-    assert list(report) == ["recipe", "seed", "metrics", "sparsity", "flops", "bytes", "versions"]
+    assert list(report) == ["recipe", "seed", "metrics", "sparsity", "flops", "bytes", "versions", "warnings"]
     assert (report["recipe"], report["seed"]) == ("digits_lamp", 1)
     assert report["sparsity"]["target"] == report["sparsity"]["achieved"] == 0.9
     assert {name: row["shape"] for name, row in report["sparsity"]["layers"].items()} == {
@@ -127,7 +127,7 @@ def test_resume_from_last(tmp_path: Path) -> None:
 
 
 ERRORS = {
-    "--sparsity=Lamb": r"error: sparsity: no class is called 'Lamb'\ngot: Lamb\ntry: one of: ASP, ConstantMask, GMP, ",
+    "--sparsity=Lamb": r"error: sparsity: no class is called 'Lamb'\ngot: Lamb\ntry: one of: ASP, ConstantMask, EdgePopup, GMP, ",
     "--sparsity.sparsty=0.3": r"error: .*Option 'sparsty' is not accepted\ntry: sparsity, one of: sparsity, schedule",
     "--sparsity.sparsity=1.5": r"sparsity is the fraction of zeros and must lie in \[0, 1\), got 1.5",
     "--sparsity.sparsity=many": r"Expected a <class 'float'>. Got value: many",
