@@ -1,7 +1,7 @@
 """From dense to extremely sparse: accuracy against sparsity, every method in the same number of epochs.
 
     python -m benchmarks.extreme lenet300 --data data/mnist
-    python -m benchmarks.extreme wrn10 --data data/cifar10
+    python -m benchmarks.extreme strided --data data/cifar10
 
 All runs have the same number of epochs in all, at most: those in rounds (IMP, SWAMP) divide them among their rounds,
 HyperSparse among its phases, and it may end early. SGD with Nesterov momentum and a cosine, of each stage where there
@@ -58,13 +58,13 @@ def cifar10(folder: str | None) -> Images:
     return data.CIFAR10(folder, batch_size=128)
 
 
-def wide() -> nn.Module:
-    return models.WideResNet(10, 1).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]  # a layout
+def strided() -> nn.Module:
+    return models.StridedConvNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]  # a layout
 
 
 SETTINGS = {
     "lenet300": Setting(models.LeNet300100, mnist, 21, 0.1, (1e-4, 2.0)),
-    "wrn10": Setting(wide, cifar10, 12, 0.1, (1e-4, 2.0)),
+    "strided": Setting(strided, cifar10, 12, 0.1, (1e-4, 2.0)),
 }
 PHASES = Phases(0.1, 0.6)
 METHODS: dict[str, Callable[[float, Setting], Sparsify]] = {

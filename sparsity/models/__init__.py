@@ -4,6 +4,7 @@ from sparsity.models.classifier import Classifier
 from sparsity.models.language import LanguageModel
 from sparsity.models.lenet import LeNet5, LeNet300100
 from sparsity.models.resnet import ResNet20, ResNet32
+from sparsity.models.strided import StridedConvNet
 from sparsity.models.transformer import GPT, ViT
 from sparsity.models.vgg import VGG16, VGG19
 from sparsity.models.wide_resnet import WideResNet
@@ -18,6 +19,7 @@ __all__ = [
     "LeNet300100",
     "ResNet20",
     "ResNet32",
+    "StridedConvNet",
     "ViT",
     "WideResNet",
 ]
