@@ -1,0 +1,1 @@
+"""Federated sparse training: who holds which data, and what is sent."""
