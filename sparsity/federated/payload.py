@@ -1,0 +1,187 @@
+"""Payloads: what is sent between a server and its clients, as bytes that are counted and never trusted."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from sparsity.errors import InputError
+from sparsity.federated import bits
+from sparsity.masks import Masks, fingerprint, unpack
+from sparsity.masks import pack as packed
+
+FORMAT = "sparsity-payload-1"
+DIGEST = 16  # bytes of the hash that a payload begins with
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+Tensors = Mapping[str, Tensor]
+
+
+class Payload:
+    """What one side tells the other.
+
+    weights: those that have masks, whole tensors that are zero where they are pruned. rest: all others. directions: of
+    weights by name, True where a weight has grown, in its shape; only those of kept weights are sent. numbers: anything
+    else that is a number.
+    """
+
+    def __init__(
+        self, weights: Tensors, rest: Tensors, directions: Tensors | None = None,
+        numbers: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        self.weights, self.rest = dict(weights), dict(rest)
+        self.directions = dict(directions or {})
+        self.numbers = dict(numbers or {})
+
+
+def encode(payload: Payload, masks: Masks, known: Masks | None = None, precision: str = "float32") -> bytes:
+    """The payload as bytes: the values of kept weights, and the masks as far as the receiver does not know them.
+
+    Where `known`, the receiver's masks, are these masks, none are sent; otherwise each goes as a whole or as what has
+    changed, whichever is shorter. "float16" and "int8" round the values of weights, the latter to 255 steps up to the
+    largest magnitude of each tensor; the rest stays as it is. A safetensors file after a hash of it.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    tensors: dict[str, Tensor] = {f"rest/{name}": each.detach().cpu() for name, each in payload.rest.items()}
+    scales: dict[str, float] = {}
+    for name, weight in payload.weights.items():
+        mask = masks[name].cpu()
+        values, scales[name] = _rounded(weight.detach().cpu()[mask], precision)
+        tensors[f"values/{name}"] = values
+        if known is None or not torch.equal(mask, known[name].cpu()):
+            whole, change = bits.encode(mask), None if known is None else bits.encode(mask ^ known[name].cpu())
+            kind, data = ("whole", whole) if change is None or len(whole) <= len(change) else ("change", change)
+            tensors[f"{kind}/{name}"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if name in payload.directions:
+            tensors[f"directions/{name}"] = packed(payload.directions[name].cpu()[mask])
+    about = {
+        "format": FORMAT, "precision": precision, "scales": json.dumps(scales), "numbers": json.dumps(payload.numbers),
+        "known": "" if known is None else fingerprint(known), "masks": fingerprint(masks),
+    }  # fmt: skip
+    body = save({name: each.contiguous() for name, each in tensors.items()}, about)
+    return hashlib.sha256(body).digest()[:DIGEST] + body
+
+
+def decode(data: bytes, weights: Tensors, rest: Tensors, known: Masks | None = None) -> tuple[Payload, Masks]:
+    """The payload and the masks that these bytes are, for a model that has these weights and this rest.
+
+    Raises `InputError` for bytes that are not what `encode` made for such a model and such known masks: cut off,
+    longer, altered, of other shapes, or with a number that is not finite. Nothing is executed, and nothing larger than
+    the model is made.
+    """
+    tensors, about = _read(data)
+    expected = "" if known is None else fingerprint(known)
+    if about["known"] not in ("", expected):
+        raise InputError("the payload changes other masks than those that are known: ask for one with whole masks")
+    scales, numbers = _numbers(about["scales"]), _numbers(about["numbers"])
+    found, masks, directions = {}, {}, {}
+    for name, weight in weights.items():
+        masks[name] = _mask(tensors, name, weight, known)
+        kept = int(masks[name].count_nonzero())
+        values = _taken(tensors, f"values/{name}", (kept,), PRECISIONS[about["precision"]])
+        whole = torch.zeros(weight.shape, dtype=weight.dtype)
+        whole[masks[name]] = _finite(name, values.to(weight.dtype) * scales.get(name, 1.0))
+        found[name] = whole
+        if f"directions/{name}" in tensors:
+            ups = unpack(_taken(tensors, f"directions/{name}", (math.ceil(kept / 8),), torch.uint8), (kept,))
+            directions[name] = torch.zeros(weight.shape, dtype=torch.bool)
+            directions[name][masks[name]] = ups
+    others = {}
+    for name, each in rest.items():
+        others[name] = _finite(name, _taken(tensors, f"rest/{name}", each.shape, each.dtype))
+    if tensors:
+        raise InputError(f"the payload has {sorted(tensors)[:3]}, which the model has not: it is another model's")
+    if fingerprint(masks) != about["masks"]:
+        raise InputError("the payload's masks are not those that it was made with: it is damaged, or for another state")
+    return Payload(found, others, directions, numbers), masks
+
+
+def bound(masks: Masks, known: Masks | None = None) -> float:
+    """The fewest bytes that masks, or their changes, take on average for a code that knows their densities."""
+    if known is None:
+        return sum(bits.entropy_bound(mask) for mask in masks.values())
+    return sum(bits.entropy_bound(mask ^ known[name].to(mask.device)) for name, mask in masks.items())
+
+
+def parts(data: bytes) -> dict[str, int]:
+    """How many of a payload's bytes are values, masks, directions and the rest; the remainder is `container`."""
+    tensors, _ = _read(data)
+    kinds = {"values": "values", "whole": "masks", "change": "masks", "directions": "directions", "rest": "rest"}
+    found = dict.fromkeys((*dict.fromkeys(kinds.values()), "container"), 0)
+    for name, each in tensors.items():
+        found[kinds[name.partition("/")[0]]] += each.numel() * each.element_size()
+    found["container"] = len(data) - sum(found.values())
+    return found
+
+
+def _rounded(values: Tensor, precision: str) -> tuple[Tensor, float]:
+    if precision == "float32":
+        return values.float(), 1.0
+    if precision == "float16":
+        most = torch.finfo(torch.float16).max
+        return values.float().clamp(-most, most).half(), 1.0
+    largest = float(values.abs().max()) if len(values) else 0.0
+    scale = largest / 127 or 1.0
+    return (values.float() / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _read(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    body = data[DIGEST:]
+    if hashlib.sha256(body).digest()[:DIGEST] != data[:DIGEST]:
+        raise InputError(f"a payload of {len(data)} bytes is damaged or cut off: its hash is another")
+    try:
+        tensors = load(body)
+        size = int.from_bytes(body[:8], "little")
+        about: dict[str, str] = json.loads(body[8 : 8 + size]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"a payload is no safetensors file: {error}") from error
+    missing = {"precision", "scales", "numbers", "known", "masks"} - about.keys()
+    if about.get("format") != FORMAT or missing or about["precision"] not in PRECISIONS:
+        raise InputError(f"a payload of format '{FORMAT}' was expected, got {about.get('format')!r}")
+    return tensors, about
+
+
+def _numbers(text: str) -> dict[str, float]:
+    try:
+        found = json.loads(text)
+        numbers = {str(name): float(value) for name, value in found.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"a payload's numbers cannot be read: {error}") from error
+    if not all(map(math.isfinite, numbers.values())):
+        raise InputError(f"a payload's numbers are not finite: {numbers}")
+    return numbers
+
+
+def _mask(tensors: dict[str, Tensor], name: str, weight: Tensor, known: Masks | None) -> Tensor:
+    for kind in ("whole", "change"):
+        if f"{kind}/{name}" in tensors:
+            data = tensors.pop(f"{kind}/{name}")
+            mask = bits.decode(data.contiguous().view(torch.uint8).numpy().tobytes(), tuple(weight.shape))
+            if kind == "whole":
+                return mask
+            if known is None:
+                raise InputError(f"the payload has changes of the mask of '{name}', and no mask is known")
+            return mask ^ known[name].cpu()
+    if known is None:
+        raise InputError(f"the payload has no mask for '{name}', and none is known")
+    return known[name].cpu()
+
+
+def _taken(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    found = tensors.pop(name, None)
+    if found is None or found.shape != torch.Size(shape) or found.dtype != dtype:
+        got = "nothing" if found is None else f"{tuple(found.shape)} of {found.dtype}"
+        raise InputError(f"the payload was to have '{name}' of shape {tuple(shape)} and {dtype}, got {got}")
+    return found
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise InputError(f"'{name}' has {bad} values that are NaN or infinite: the payload is refused")
+    return tensor
