@@ -185,25 +185,29 @@ def cell(row: dict[str, Any] | None) -> str:
 
 
 def figure(result: dict[str, Any], path: Path) -> None:
-    """Accuracy against sparsity, with the dense line."""
+    """Test error against sparsity, both on logarithmic scales, with the dense line."""
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(9, 5.5), layout="constrained")
+    picture = Figure(figsize=(9, 6), layout="constrained")
     axes = picture.add_subplot()
     for method in dict.fromkeys(row["method"] for row in result["summary"]):
         rows = sorted((row for row in result["summary"] if row["method"] == method), key=lambda row: row["sparsity"])
-        means = [100 * row["test_acc_mean"] for row in rows]
+        errors = [100 * (1 - row["test_acc_mean"]) for row in rows]
         if method == "dense":
-            axes.axhline(means[0], color="black", linestyle="--", label=f"dense: {means[0]:.2f} %")
+            axes.axhline(errors[0], color="black", linestyle="--", label=f"dense: {errors[0]:.2f} %")
             continue
         spreads = [100 * (row["test_acc_std"] or 0) for row in rows]
-        axes.errorbar([1 / (1 - row["sparsity"]) for row in rows], means, spreads, marker="o", capsize=3, label=method)
+        places, wide = [1 / (1 - row["sparsity"]) for row in rows], 3 if method == "HyperSparse" else 1.5
+        axes.errorbar(places, errors, spreads, marker="o", markersize=4, capsize=3, label=method, linewidth=wide)
     sparsities = sorted({row["sparsity"] for row in result["summary"] if row["method"] != "dense"})
-    axes.set(xscale="log", xlabel="zeros", ylabel="test accuracy, %")
+    axes.set(xscale="log", yscale="log", xlabel="zeros", ylabel="test error, %")
     axes.set_xticks([1 / (1 - sparsity) for sparsity in sparsities], [f"{100 * each:g} %" for each in sparsities])
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (1, 1.5, 2, 3, 5, 10, 20, 30, 50, 80) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False)
     picture.savefig(path, dpi=110)
 
 
