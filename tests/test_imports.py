@@ -29,7 +29,7 @@ ALLOWED = {
                  "sparsifier", "targets"},
     "learned": {"errors", "masks", "shards", "targets", "scores", "distributions", "patterns", "relaxation",
                 "schedules", "sparsifier"},
-    "companion": {"errors"}, "federated": {"errors", "federated"},
+    "companion": {"errors"}, "federated": {"errors", "federated", "masks"},
     "supermask": {"companion", "distributions", "errors", "learned", "masks", "ops", "schedules", "scores", "shards",
                   "targets"},
     "gumbel": {"checkpoints", "companion", "distributions", "errors", "learned", "masks", "ops", "patterns",
