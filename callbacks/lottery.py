@@ -18,35 +18,13 @@ from .staged import Staged
 Span = float | str
 
 
-class IterativeMagnitude(Staged):
-    """Iterative magnitude pruning with rewinding: Frankle & Carbin, "The lottery ticket hypothesis" (ICLR 2019, arXiv
-    1803.03635); rewinding to a later moment: Frankle et al. (ICML 2020, arXiv 1912.05671).
-
-    `max_epochs` is that of all rounds together, which are as long as fit into it: 90 % at a rate of 20 % are eleven
-    rounds of pruning and so twelve trainings. The report has a row for each. After each pruning weights, buffers and
-    schedule go back to what they were after the epochs of `rewind`, and optimizers start anew. A run can be resumed
-    between rounds and inside of one.
-
-    Args:
-        sparsity: fraction of zeros over all targets in the last round, in (0, 1).
-        rate: how much of what remains each round prunes.
-        rewind: to which moment of the first round: epochs ("2ep") or a fraction of a round; the very start if 0.
-        distribution: how many weights each layer keeps: the largest of all layers, and at least one, if not
-            given.
-        targets: which parameters; all Linear and convolution weights if not given.
-    """
+class Rounds(Staged):
+    """Trains the rounds of a `Lottery`."""
 
     sparsifier: Lottery
 
-    def __init__(
-        self,
-        sparsity: float,
-        rate: float = 0.2,
-        rewind: Span = 0.0,
-        distribution: Distribution | None = None,
-        targets: Targets | None = None,
-    ) -> None:
-        super().__init__(Lottery(sparsity, rate, rewind, None, distribution, targets))
+    def __init__(self, sparsifier: Lottery) -> None:
+        super().__init__(sparsifier)
         self._begin()
 
     def _begin(self) -> None:
@@ -130,7 +108,36 @@ class IterativeMagnitude(Staged):
             recompute_norms(pl_module, training_batches(trainer, pl_module), partial(forward, trainer))
 
 
-class SWAMP(IterativeMagnitude):
+class IterativeMagnitude(Rounds):
+    """Iterative magnitude pruning with rewinding: Frankle & Carbin, "The lottery ticket hypothesis" (ICLR 2019, arXiv
+    1803.03635); rewinding to a later moment: Frankle et al. (ICML 2020, arXiv 1912.05671).
+
+    `max_epochs` is that of all rounds together, which are as long as fit into it: 90 % at a rate of 20 % are eleven
+    rounds of pruning and so twelve trainings. The report has a row for each. After each pruning weights, buffers and
+    schedule go back to what they were after the epochs of `rewind`, and optimizers start anew. A run can be resumed
+    between rounds and inside of one.
+
+    Args:
+        sparsity: fraction of zeros over all targets in the last round, in (0, 1).
+        rate: how much of what remains each round prunes.
+        rewind: to which moment of the first round: epochs ("2ep") or a fraction of a round; the very start if 0.
+        distribution: how many weights each layer keeps: the largest of all layers, and at least one, if not
+            given.
+        targets: which parameters; all Linear and convolution weights if not given.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        rate: float = 0.2,
+        rewind: Span = 0.0,
+        distribution: Distribution | None = None,
+        targets: Targets | None = None,
+    ) -> None:
+        super().__init__(Lottery(sparsity, rate, rewind, None, distribution, targets))
+
+
+class SWAMP(Rounds):
     """SWAMP: several networks a round, and one mask from their average.
 
     Choi et al., "Sparse weight averaging with multiple particles for iterative magnitude pruning" (ICLR 2024, arXiv
@@ -158,5 +165,4 @@ class SWAMP(IterativeMagnitude):
         distribution: Distribution | None = None,
         targets: Targets | None = None,
     ) -> None:
-        super().__init__(sparsity, rate, rewind, distribution, targets)
-        self.sparsifier = Lottery(sparsity, rate, rewind, particles or Particles(), distribution, targets)
+        super().__init__(Lottery(sparsity, rate, rewind, particles or Particles(), distribution, targets))

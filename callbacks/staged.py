@@ -5,6 +5,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from sparsity.errors import InputError
+from sparsity.stages import Stages
 
 from .restart import Restart
 from .sparsify import Sparsify
@@ -21,7 +22,9 @@ class Staged(Sparsify):
     `close_epoch`, and their sparsifiers say `ending` in the last epoch and `done` after it.
     """
 
-    def __init__(self, sparsifier: Any) -> None:
+    sparsifier: Stages
+
+    def __init__(self, sparsifier: Stages) -> None:
         super().__init__(sparsifier)
         self.restart: Restart | None = None
         self.closed = 0  # the trainer's epochs that `close_epoch` has seen
@@ -47,7 +50,7 @@ class Staged(Sparsify):
             raise InputError(f"{type(self).__name__} counts epochs: set max_epochs, which is {epochs}")
         self._epochs = epochs
         # Where all stages are over, a further fit is one of its own.
-        self._stage = epochs if self.sparsifier.done() else self.stage_epochs(epochs)  # type: ignore[attr-defined]  # of all that have stages
+        self._stage = epochs if self.sparsifier.done() else self.stage_epochs(epochs)
         trainer.fit_loop.max_epochs = self._stage
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -64,7 +67,7 @@ class Staged(Sparsify):
         super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0:
             self.closed = 0
-        over = self.sparsifier.done() or (self.closed < trainer.current_epoch and self.sparsifier.ending())  # type: ignore[attr-defined]  # of all that have stages
+        over = self.sparsifier.done() or (self.closed < trainer.current_epoch and self.sparsifier.ending())
         if trainer.ckpt_path and over:
             trainer.should_stop = True  # the run to resume had come to its end
 
@@ -77,7 +80,7 @@ class Staged(Sparsify):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.sparsifier.ending():  # type: ignore[attr-defined]  # of all that have stages
+        if self.sparsifier.ending():
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

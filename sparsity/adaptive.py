@@ -19,7 +19,7 @@ from sparsity.ops import all_finite
 from sparsity.penalties import HyperSparsity, Penalty
 from sparsity.schedules import Constant, Horizon, Plan
 from sparsity.scores import Magnitude
-from sparsity.sparsifier import Sparsifier
+from sparsity.stages import Stages, whole_epochs
 from sparsity.targets import Targets
 
 WARM_UP, ADAPTIVE, FINE_TUNING = "warm-up", "adaptive", "fine-tuning"
@@ -60,7 +60,7 @@ class Phases:
         return warm_up, fine_tune
 
 
-class Adaptive(Sparsifier):
+class Adaptive(Stages):
     """Adaptive Regularized Training: Glandorf, Kaiser & Rosenhahn (ICCVW 2023, arXiv 2308.07163).
 
     Three phases, of whole epochs. Warm-up is dense. Then the penalty, which grows with every epoch, draws small weights
@@ -76,8 +76,6 @@ class Adaptive(Sparsifier):
     Masks, and with them the target, are dense until then. `phase` says where it is; `ends` is the epoch after which the
     fine-tuning is over. The networks of the window and the best one are in the state: up to `window` + 2 models.
     """
-
-    needs_training = True
 
     def __init__(
         self,
@@ -121,20 +119,15 @@ class Adaptive(Sparsifier):
 
     def plan(self, horizon: Horizon) -> Plan:
         """Pruning when the fine-tuning begins, at the latest."""
-        if horizon.steps is None or not horizon.per_epoch:
-            raise InputError(
-                "the phases are counted in epochs of a training with an end: set max_epochs, and limit_train_batches "
-                "where the loader has no length"
-            )
+        total, per_epoch = whole_epochs(horizon)
         if self._last == 0:  # a run that goes on keeps the lengths it was begun with
-            total = horizon.steps // horizon.per_epoch
             self._warm_up, self._fine_tune = self.phases.epochs(total)
             self._last = total - self._fine_tune
         if self.phase == FINE_TUNING:
             return {self.renewed: self.sparsity}
         if self._warm_up == 0 and self.epochs == 0:
             self.phase = ADAPTIVE
-        return {self._last * horizon.per_epoch: self.sparsity}
+        return {self._last * per_epoch: self.sparsity}
 
     @torch.no_grad()
     def update(self, step: int, optimizer: Optimizer | None = None) -> None:

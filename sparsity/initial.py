@@ -10,7 +10,6 @@ from torch.nn.parameter import Parameter
 
 from sparsity.calibration import evaluating
 from sparsity.errors import InputError
-from sparsity.moments import Moment
 from sparsity.scores import Score
 
 Weights = Mapping[str, Parameter]
@@ -110,7 +109,7 @@ def _gradients(
     model: nn.Module, weights: Weights, batches: Iterable[Any], loss: Loss, along: dict[str, Tensor] | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """For each batch the gradient of the loss; or H times `along`, which is the gradient of their product."""
-    before = Moment(model)  # batch norms move
+    before = {name: each.clone() for name, each in model.named_buffers()}  # batch norms move theirs
     frozen = [weight for weight in weights.values() if not weight.requires_grad]
     try:
         for weight in frozen:
@@ -129,7 +128,9 @@ def _gradients(
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
-        before.restore(model)
+        with torch.no_grad():
+            for name, each in model.named_buffers():
+                each.copy_(before[name])
 
 
 def _mean(found: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from sparsity.errors import InputError
 from sparsity.moments import Moment
 from sparsity.schedules import Constant, Horizon, Plan, rounds
 from sparsity.scores import Magnitude
-from sparsity.sparsifier import Sparsifier
+from sparsity.stages import Stages, whole_epochs
 from sparsity.targets import Targets
 
 Span = float | str
@@ -34,7 +34,7 @@ class Particles:
         self.count, self.averaged = count, averaged
 
 
-class Lottery(Sparsifier):
+class Lottery(Stages):
     """Iterative magnitude pruning with rewinding: Frankle & Carbin (ICLR 2019, arXiv 1803.03635), and Frankle et al.,
     "Linear mode connectivity and the lottery ticket hypothesis" (ICML 2020, arXiv 1912.05671).
 
@@ -51,8 +51,6 @@ class Lottery(Sparsifier):
     All rounds have the same number of epochs, as many as fit into training: `length`, of which the first `rewound` are
     only trained once.
     """
-
-    needs_training = True
 
     def __init__(
         self,
@@ -76,6 +74,8 @@ class Lottery(Sparsifier):
         self.length = self.rewound = 0
         self.round = self.particle = self.epoch = 0
         self.ended = False
+        self._pruned: Plan = {}  # the sparsity from the step of each pruning on
+        self._last: Plan = {}  # the last pruning, as long as it is ahead
         self._ticket: Moment | None = None
         self._mean: Moment | None = None
         self._step = 0
@@ -116,18 +116,15 @@ class Lottery(Sparsifier):
 
     def plan(self, horizon: Horizon) -> Plan:
         """What has been pruned so far, and the last pruning."""
-        if horizon.steps is None or not horizon.per_epoch:
-            raise InputError(
-                "rounds are counted in epochs of a training with an end: set max_epochs, and limit_train_batches where "
-                "the loader has no length"
-            )
+        total, per_epoch = whole_epochs(horizon)
         if self.length == 0:  # a run that goes on keeps the lengths it was begun with
-            self.length, self.rewound = self.lengths(horizon.steps // horizon.per_epoch)
-        done = dict(list(self._plan.items())[: self.round])
-        if self.round == len(self.levels):
-            return done or {self.renewed: self.sparsity}
+            self.length, self.rewound = self.lengths(total)
         before = self.length + (self.particles.count * len(self.levels) - 1) * (self.length - self.rewound)
-        return {**done, before * horizon.per_epoch: self.sparsity}
+        self._last = {before * per_epoch: self.sparsity}
+        return self._so_far()
+
+    def _so_far(self) -> Plan:
+        return self._pruned if self.round == len(self.levels) else {**self._pruned, **self._last}
 
     def update(self, step: int, optimizer: Optimizer | None = None) -> None:
         """After backward: the gradients of pruned weights are masked. Masks are renewed between epochs only."""
@@ -194,9 +191,8 @@ class Lottery(Sparsifier):
     def _prune(self) -> None:
         level, step = self.levels[self.round], max(0, self._step - 1)
         self.round += 1
-        done = {at: each for at, each in self._plan.items() if at <= self.renewed}
-        ahead = {at: each for at, each in self._plan.items() if at > step} if self.round < len(self.levels) else {}
-        self._plan = {**done, step: level, **ahead}
+        self._pruned[step] = level
+        self._plan = self._so_far()
         self._steps = sorted(self._plan)
         self.renew(self.new_masks(1 - level, step), step)
 
@@ -206,7 +202,7 @@ class Lottery(Sparsifier):
         return {
             **super().state_dict(),
             "round": self.round, "particle": self.particle, "epoch": self.epoch, "ended": self.ended,
-            "step": self._step, "plan": dict(self._plan), "settings": self._settings(),
+            "step": self._step, "pruned": dict(self._pruned), "settings": self._settings(),
             "lengths": [self.length, self.rewound],
             **{name: [each.state_dict(self.model)] if each else [] for name, each in moments.items()},
         }  # fmt: skip
@@ -220,14 +216,15 @@ class Lottery(Sparsifier):
                 "what it was trained with"
             )
         self.round, self.particle, self.epoch = state["round"], state["particle"], state["epoch"]
-        self.ended, self._step, self._plan = state["ended"], state["step"], dict(state["plan"])
+        self.ended, self._step, self._pruned = state["ended"], state["step"], dict(state["pruned"])
         self.length, self.rewound = state["lengths"]
-        self._steps = sorted(self._plan)
         self._ticket, self._mean = (
             next((Moment.from_state(each) for each in state[name]), None) for name in ("ticket", "mean")
         )
         super().load_state_dict(state)
         if self._model is not None:
+            self._plan = self._so_far()
+            self._steps = sorted(self._plan)
             self._place()
 
     def _place(self) -> None:

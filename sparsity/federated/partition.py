@@ -42,11 +42,12 @@ class IID(Partition):
         return np.array_split(rng.permutation(len(labels)), clients)
 
 
-class Dirichlet(Partition):
-    """Each class is divided among the clients by shares from a symmetric Dirichlet distribution.
+class Skewed(Partition):
+    """Drawn at random until each client has at least `least` samples. Partitions override `once`.
 
-    Hsu, Qi & Brown (arXiv 1909.06335) in the variant of Yurochkin et al. (arXiv 1905.12022), which draws per class. The
-    smaller `alpha`, the fewer classes a client has. Drawn again until each client has at least `least` samples.
+    Args:
+        alpha: of the symmetric Dirichlet distribution that shares are drawn from; the smaller, the more unequal.
+        least: samples of each client.
     """
 
     def __init__(self, alpha: float = 0.5, least: int = 1) -> None:
@@ -54,21 +55,36 @@ class Dirichlet(Partition):
             raise InputError(f"expected {alpha=} above 0 and {least=} of at least 1")
         self.alpha, self.least = alpha, least
 
+    def once(self, labels: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+        """One draw, whatever it gives to whom."""
+        raise NotImplementedError(f"{type(self).__name__} divides nothing")
+
     def draw(self, labels: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
         for _ in range(TRIES):
-            parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
-            for label in np.unique(labels):
-                mine = rng.permutation(np.flatnonzero(labels == label))
-                ends = np.rint(np.cumsum(rng.dirichlet(np.full(clients, self.alpha)))[:-1] * len(mine)).astype(int)
-                for client, part in enumerate(np.split(mine, ends)):
-                    parts[client].append(part)
-            found = [np.concatenate(part) for part in parts]
+            found = self.once(labels, clients, rng)
             if min(map(len, found)) >= self.least:
                 return found
         raise InputError(
             f"alpha={self.alpha} starves a client: in {TRIES} draws of {clients} clients one always had fewer than "
             f"{self.least} of {len(labels)} samples; take a larger alpha, fewer clients or a smaller `least`"
         )
+
+    def _shared(self, samples: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+        """The samples, shuffled, in shares."""
+        shares = rng.dirichlet(np.full(clients, self.alpha))
+        ends = np.rint(np.cumsum(shares)[:-1] * len(samples)).astype(int)
+        return np.split(rng.permutation(samples), ends)
+
+
+class Dirichlet(Skewed):
+    """Each class is divided among the clients by shares of its own: the smaller alpha, the fewer classes each has.
+
+    Hsu, Qi & Brown (arXiv 1909.06335) in the variant of Yurochkin et al. (arXiv 1905.12022), which draws per class.
+    """
+
+    def once(self, labels: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+        classes = [self._shared(np.flatnonzero(labels == label), clients, rng) for label in np.unique(labels)]
+        return [np.concatenate(parts) for parts in zip(*classes, strict=True)]
 
 
 class Pathological(Partition):
@@ -114,27 +130,11 @@ class Pathological(Partition):
         return found
 
 
-class QuantitySkew(Partition):
-    """Clients have the same classes and very different numbers of samples, by shares from a Dirichlet distribution.
+class QuantitySkew(Skewed):
+    """Clients have the same classes and very different numbers of samples."""
 
-    Drawn again until each client has at least `least` samples.
-    """
-
-    def __init__(self, alpha: float = 1.0, least: int = 1) -> None:
-        if alpha <= 0 or least < 1:
-            raise InputError(f"expected {alpha=} above 0 and {least=} of at least 1")
-        self.alpha, self.least = alpha, least
-
-    def draw(self, labels: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
-        for _ in range(TRIES):
-            ends = np.rint(np.cumsum(rng.dirichlet(np.full(clients, self.alpha)))[:-1] * len(labels)).astype(int)
-            found = np.split(rng.permutation(len(labels)), ends)
-            if min(map(len, found)) >= self.least:
-                return found
-        raise InputError(
-            f"alpha={self.alpha} starves a client: in {TRIES} draws of {clients} clients one always had fewer than "
-            f"{self.least} of {len(labels)} samples; take a larger alpha, fewer clients or a smaller `least`"
-        )
+    def once(self, labels: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+        return self._shared(np.arange(len(labels)), clients, rng)
 
 
 class ById(Partition):

@@ -65,7 +65,7 @@ def test_the_report_has_a_row_for_each_round(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("epoch", range(6))
 def test_a_run_with_a_schedule_is_resumed_anywhere(epoch: int, tmp_path: Path) -> None:
-    def make() -> IterativeMagnitude:
+    def make() -> SWAMP:
         return SWAMP(0.6, rate=0.6, rewind="1ep", particles=Particles(2, 0.5))
 
     pl.seed_everything(0, verbose=False)
@@ -109,7 +109,7 @@ class SaveBatches(Checkpoint):
 
 @pytest.mark.parametrize("step", [6, 12, 18, 24, 30])
 def test_a_checkpoint_of_the_last_batch_is_gone_on_from(step: int, tmp_path: Path) -> None:
-    def make() -> IterativeMagnitude:
+    def make() -> SWAMP:
         return SWAMP(0.6, rate=0.6, rewind="1ep", particles=Particles(2, 0.5))
 
     pl.seed_everything(0, verbose=False)
