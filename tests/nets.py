@@ -110,3 +110,24 @@ def trainer(*callbacks: pl.Callback, epochs: int = 3, **settings: Any) -> pl.Tra
         "enable_model_summary": False, "accelerator": "cpu", "log_every_n_steps": 1,
     }  # fmt: skip
     return pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), **(defaults | settings))
+
+
+class Small(nn.Module):
+    """Two linear layers around a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.last(torch.relu(self.norm(self.first(x))))
+        return outputs
+
+    def nonzero(self) -> int:
+        return int(self.first.weight.count_nonzero() + self.last.weight.count_nonzero())
+
+
+def small(seed: int = 0) -> Small:
+    """Two layers whose weights depend on the seed alone."""
+    torch.manual_seed(seed)
+    return Small()

@@ -13,33 +13,16 @@ from sparsity.adaptive import ADAPTIVE, FINE_TUNING, WARM_UP, Adaptive, Phases
 from sparsity.distributions import Global
 from sparsity.moments import Moment
 from sparsity.penalties import HyperSparsity, Lasso, hypersparse_gradient
+from tests.nets import small
 
 HORIZON = Horizon(steps=40, per_epoch=4)  # ten epochs
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs: Tensor = self.last(torch.relu(self.norm(self.first(x))))
-        return outputs
-
-    def nonzero(self) -> int:
-        return int(self.first.weight.count_nonzero() + self.last.weight.count_nonzero())
-
-
-def net(seed: int = 0) -> Small:
-    torch.manual_seed(seed)
-    return Small()
 
 
 class Run:
     """A model in training: every epoch moves all of its weights by a little."""
 
     def __init__(self, sparsity: float = 0.9, **settings: Any) -> None:
-        self.model = net()
+        self.model = small()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.002, momentum=0.9)
         self.sparsifier = Adaptive(sparsity, **settings)
         self.step = 0
@@ -221,7 +204,7 @@ def test_the_state_of_another_phases_configuration_is_refused() -> None:
 
 
 def test_what_cannot_be_is_said_before_training() -> None:
-    model = net()
+    model = small()
     with pytest.raises(InputError, match=r"take 6 and 3 of 10 epochs and leave 1 .* train for 12 epochs or more"):
         Adaptive(0.9, phases=Phases("6ep", "3ep")).attach(model, horizon=HORIZON)
     with pytest.raises(InputError, match="take 12 and 3 of 10"):
@@ -240,9 +223,9 @@ def test_what_cannot_be_is_said_before_training() -> None:
 
 
 def test_every_layer_keeps_a_weight_unless_told_otherwise() -> None:
-    small = nn.Linear(50, 50)
-    nn.init.constant_(small.weight, 1e-3)
-    model = nn.Sequential(small, nn.Linear(50, 50))
+    flat = nn.Linear(50, 50)
+    nn.init.constant_(flat.weight, 1e-3)
+    model = nn.Sequential(flat, nn.Linear(50, 50))
     sparsifier = Adaptive(0.99, phases=Phases("0ep", "1ep", 0))
     sparsifier.attach(model, horizon=HORIZON)
     sparsifier.end_epoch(1.0, 0.0)
@@ -250,14 +233,14 @@ def test_every_layer_keeps_a_weight_unless_told_otherwise() -> None:
 
 
 def test_a_mean_of_moments_is_the_mean_and_what_is_counted_is_the_lasts() -> None:
-    models = [net(seed) for seed in range(3)]
+    models = [small(seed) for seed in range(3)]
     models[2].norm.register_buffer("num_batches_tracked", torch.tensor(7))
     mean = Moment(models[0], 1)
     for model in models[1:]:
         mean.average(model)
     assert mean.number == 3
     mean.restore(models[0])
-    expected = torch.stack([net(seed).first.weight for seed in range(3)]).mean(0)
+    expected = torch.stack([small(seed).first.weight for seed in range(3)]).mean(0)
     torch.testing.assert_close(models[0].first.weight, expected)
     assert models[0].norm.num_batches_tracked == 7
     with pytest.raises(InputError, match="another model's: it has nothing for 'weight'"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsity import Horizon, InputError, masks
 from sparsity.distributions import Global
 from sparsity.lottery import Lottery, Particles
-from tests.test_adaptive import Small, net
+from tests.nets import Small, small
 
 TOTAL = 9  # epochs, of two steps
 State = dict[str, Tensor]
@@ -20,7 +20,7 @@ class Run:
     """A model in training by other batches at every step."""
 
     def __init__(self, **settings: Any) -> None:
-        self.model: Small = net()
+        self.model: Small = small()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.002, momentum=0.9)
         self.sparsifier = Lottery(**settings)
         self.step = 0
@@ -153,7 +153,7 @@ def test_what_cannot_be_is_said_before_training() -> None:
     with pytest.raises(InputError, match=r"sparsity=0 leaves nothing"):
         Lottery(0.0)
     with pytest.raises(InputError, match="set max_epochs"):
-        Lottery(0.5).attach(net())
+        Lottery(0.5).attach(small())
     state = Run(sparsity=0.5, rate=0.5).attach().sparsifier.state_dict()
     with pytest.raises(InputError, match=r"of rounds with {'rate': 0.5.*this run has {'rate': 0.2"):
         Lottery(0.5).load_state_dict(state)

@@ -13,8 +13,7 @@ from sparsity import Horizon, InputError, masks
 from sparsity.companion import Companion
 from sparsity.distributions import Global
 from sparsity.supermask import Jackpot, Signed, Supermask
-from tests.nets import Batches, Task, task, trainer
-from tests.test_adaptive import Small, net
+from tests.nets import Batches, Small, Task, small, task, trainer
 
 KINDS: dict[str, Any] = {
     "EdgePopup": lambda **more: Supermask(0.5, **more),
@@ -25,7 +24,7 @@ every = pytest.mark.parametrize("name", KINDS)
 
 
 def attach(name: str, **more: Any) -> tuple[Small, Supermask, torch.optim.Optimizer]:
-    model = net()
+    model = small()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     sparsifier: Supermask = KINDS[name](**more)
     sparsifier.attach(model, optimizer, horizon=Horizon(20))
@@ -58,7 +57,7 @@ def test_scores_have_the_straight_through_gradient(name: str) -> None:
     """Against a graph that multiplies weights by masks."""
     model, sparsifier, optimizer = attach(name, companion=Companion(1.0, 0.0))
     before = {key: each.detach().clone() for key, each in sparsifier.learned.items()}
-    reference, inputs, labels = net(), *batch()
+    reference, inputs, labels = small(), *batch()
     scores = {key: value.clone().requires_grad_() for key, value in before.items()}
     dense = {key: sparsifier.dense[key].clone() for key in scores}
     hard = {}
@@ -110,9 +109,9 @@ def test_signed_weights_have_the_sign_of_the_score_also_after_a_resume() -> None
     size = math.sqrt(3 / 6)
     kept = sparsifier.masks["first.weight"]
     assert torch.allclose(model.first.weight[kept].abs(), torch.tensor(size))
-    signs = net().first.weight.sign() * sparsifier.learned["first.weight"].sign()
+    signs = small().first.weight.sign() * sparsifier.learned["first.weight"].sign()
     assert torch.equal(model.first.weight.sign(), signs * kept)
-    again, other = net(5), Signed(0.5, constant=True)
+    again, other = small(5), Signed(0.5, constant=True)
     again.load_state_dict(model.state_dict())
     other.load_state_dict(sparsifier.state_dict())
     other.attach(again, torch.optim.SGD(again.parameters(), lr=0.5), horizon=Horizon(20))
@@ -123,7 +122,7 @@ def test_signed_weights_have_the_sign_of_the_score_also_after_a_resume() -> None
 
 def test_a_jackpot_begins_at_the_largest_magnitudes() -> None:
     _, sparsifier, _ = attach("jackpot")
-    plain = net()
+    plain = small()
     flat = torch.cat([plain.first.weight.flatten(), plain.last.weight.flatten()]).detach().abs()
     threshold = flat.sort(descending=True).values[35]
     assert torch.equal(sparsifier.masks["first.weight"], plain.first.weight.abs() >= threshold)
@@ -164,9 +163,9 @@ def test_frozen_layers_keep_their_largest_magnitudes(make: Callable[[float], Spa
 
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(InputError, match="no optimizer holds a target weight that requires a gradient"):
-        Supermask(0.5).attach(net())
+        Supermask(0.5).attach(small())
     with pytest.raises(InputError, match="annealed over a training without end"):
-        Jackpot(0.5).attach(net(), torch.optim.SGD(net().parameters(), lr=0.1))
+        Jackpot(0.5).attach(small(), torch.optim.SGD(small().parameters(), lr=0.1))
     _, sparsifier, _ = attach("EdgePopup")
     state = sparsifier.state_dict()
     with pytest.raises(InputError, match="finds its masks while it trains"):
