@@ -1,16 +1,20 @@
 """The command line: `python train.py fit --config recipes/digits_lamp.yaml`.
 
-Subcommands: fit, validate, test, and oneshot, which prunes a checkpoint without training. Every key of a recipe can be
-overridden, for example `--sparsity.sparsity=0.95`, `--sparsity=GMP` or `--sparsity=null` for the dense baseline.
+Subcommands: fit, validate, test, oneshot, which prunes a checkpoint without training, and federate, which trains over
+the clients of a simulated federation. Every key of a recipe can be overridden, for example `--sparsity.sparsity=0.95`,
+`--sparsity=GMP` or `--sparsity=null` for the dense baseline.
 """
 
 import difflib
 import inspect
+import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,9 +24,11 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 import callbacks
 from callbacks import Sparsify, SparsityReport
 from sparsity import InputError, checkpoints, data, masks, models
+from sparsity.federated import Federation, Protocol, Running, partition, simulate, simulation
+from sparsity.federated import report as federated
 
 # Imported, a module makes its classes known to recipes by their short names.
-CATALOGUE = (data, models)
+CATALOGUE = (data, models, federated)
 
 
 class PlainParser(LightningArgumentParser):
@@ -99,6 +105,66 @@ class SparseTrainer(Trainer):
         print(f"pruned checkpoint: {path} (masks: {path.with_name('masks.safetensors')})")
         self.validate(model, datamodule=datamodule, verbose=False)
 
+    def federate(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        federation: Federation | None = None,
+        protocol: Protocol | None = None,
+        workers: int = 1,
+        evaluate_every: int = 1,
+        resume: str | None = None,
+    ) -> None:
+        """Trains over the clients of a federation on this machine; saves its state each round, and its end.
+
+        Args:
+            federation: clients, rounds, and how the training samples are divided.
+            protocol: how clients train, what the server does, which failures are tolerated, precision on the wire.
+            workers: processes that share the clients of a round.
+            evaluate_every: rounds from one validation to the next.
+            resume: the folder of a run to go on from, or "last".
+        """
+        method = next((each for each in self.callbacks if isinstance(each, Sparsify)), None)  # type: ignore[attr-defined]  # set by a connector
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        federation = federation or Federation()
+        if resume == "last":
+            resume = str(_last(Path(self.default_root_dir), simulation.FILE).parent)
+        folder = Path(self.log_dir or self.default_root_dir)
+        running = Running(workers, evaluate_every, folder, resume)
+        model.to(self.strategy.root_device)
+        progress = Progress(self, federation.rounds)
+        outcome = simulate(model, datamodule, method, federation, protocol, running, seed=seed, on_round=progress)
+        self.strategy.connect(model)
+        self.save_checkpoint(folder / "federated.ckpt", weights_only=False)
+        print(f"global model: {folder / 'federated.ckpt'}")
+        report = next(each for each in self.callbacks if isinstance(each, SparsityReport))  # type: ignore[attr-defined]  # set by a connector
+        report.metrics = dict(outcome.metrics)
+        if find_spec("matplotlib"):
+            name = type(method).__name__ if method else "dense"
+            federated.figure({name: outcome.rows}).savefig(folder / "accuracy.png", dpi=110)
+            labels = partition.labels_of(datamodule.train_dataloader().dataset)
+            partition.figure(outcome.parts, labels).savefig(folder / "holdings.png", dpi=110)
+        batch = next(iter(datamodule.train_dataloader()))
+        batch = datamodule.on_after_batch_transfer(datamodule.on_before_batch_transfer(batch, 0), 0)
+        report.finish(self, model, batch, folder, federated.describe(outcome))
+
+
+class Progress:
+    """Prints a line for each round of a federation, and logs it."""
+
+    def __init__(self, trainer: Trainer, rounds: int) -> None:
+        self.trainer, self.rounds = trainer, rounds
+        self.start, self.before, self.done = time.monotonic(), -1, 0
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        self.done += 1
+        left = (time.monotonic() - self.start) / self.done * (self.rounds - row["round"] - 1)
+        print(federated.line(row, self.rounds, left), flush=True)
+        names = ("bytes_up", "bytes_down", "clients", "failures", "density")
+        numbers = {f"federated/{name}": row[name] for name in names}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(numbers | row.get("metrics", {}), step=row["round"])
+
 
 def _batches(datamodule: LightningDataModule) -> Iterator[Any]:
     """The training batches, as a model gets them."""
@@ -114,7 +180,7 @@ class SparsityCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         model_and_data = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
-        return dict.fromkeys(("fit", "validate", "test", "oneshot"), model_and_data)
+        return dict.fromkeys(("fit", "validate", "test", "oneshot", "federate"), model_and_data)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Sparsify, "sparsity", subclass_mode=True, required=False)
@@ -143,6 +209,8 @@ class SparsityCLI(LightningCLI):
         if weights := self._get(self.config_init, "weights"):
             checkpoints.load_weights(self.model, weights)
 
+    before_federate = before_fit
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         keys = self._parser(self.subcommand).callback_keys
         extra = [callback for key in keys if (callback := self._get(self.config_init, key)) is not None]
@@ -152,11 +220,11 @@ class SparsityCLI(LightningCLI):
         return self._instantiate_trainer({**self._get(self.config_init, "trainer", default={}), **kwargs}, extra)
 
 
-def _last(folder: Path) -> Path:
-    """The newest `last.ckpt` of the runs that logged under a folder."""
-    found = sorted(folder.glob("**/last.ckpt"), key=lambda path: path.stat().st_mtime)
+def _last(folder: Path, name: str = "last.ckpt") -> Path:
+    """The newest file of this name of the runs that logged under a folder."""
+    found = sorted(folder.glob(f"**/{name}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise InputError(f"no last.ckpt under '{folder}': train with ModelCheckpoint(save_last=True), or give a path")
+        raise InputError(f"no {name} under '{folder}': train with ModelCheckpoint(save_last=True), or give a path")
     return found[-1]
 
 

@@ -104,12 +104,16 @@ class SparsityReport(Callback):
             picture.savefig(folder / "density_over_training.png", dpi=120)
             _show(trainer, "sparsity/density_over_training", picture)
 
-    def describe(self, trainer: Trainer, pl_module: LightningModule) -> report.Report:
-        """The report of the model as it is now, as the dictionary that is written."""
+    def describe(self, trainer: Trainer, pl_module: LightningModule, trained: bool | None = None) -> report.Report:
+        """The report of the model as it is now, as the dictionary that is written.
+
+        Where it has been `trained`, in `fit` if not given, its masks are the method's.
+        """
         method = _method(trainer)
+        trained = trainer.state.fn == "fit" if trained is None else trained
         targets = method.sparsifier.targets if method else Targets()
         weights = targets.select(pl_module)
-        found = method.sparsifier.masks if method and trainer.state.fn == "fit" else masks.from_zeros(weights)
+        found = method.sparsifier.masks if method and trained else masks.from_zeros(weights)
         sparsifier = method.sparsifier if method else None
         pattern = sparsifier.pattern.name if sparsifier else "dense"
         turned = sparsifier.turned if sparsifier else frozenset[str]()
@@ -121,7 +125,7 @@ class SparsityReport(Callback):
             "sparsity": {
                 "target": method.sparsifier.sparsity if method else 0.0,
                 "achieved": 1 - masks.density(found),
-                **(method.sparsifier.history.last() if method and trainer.state.fn == "fit" else {}),
+                **(method.sparsifier.history.last() if method and trained else {}),
                 "layers": layers,
             },
             "flops": self._flops(pl_module, found),
@@ -131,8 +135,16 @@ class SparsityReport(Callback):
                 "pytorch_lightning": version("pytorch-lightning"), "sparsity": __version__,
             },
             "warnings": report.warnings(layers),
-            **(method.story() if method and trainer.state.fn == "fit" else {}),
+            **(method.story() if method and trained else {}),
         }  # fmt: skip
+
+    def finish(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, folder: Path, more: Mapping[str, Any]
+    ) -> None:
+        """Writes and prints the report of a training that no trainer has seen, with `more` entries."""
+        self._keep_inputs(pl_module, batch)
+        self._write_on_rank_zero(trainer, {**self.describe(trainer, pl_module, True), **more}, folder)
+        self.teardown(trainer, pl_module, "fit")
 
     def _keep_inputs(self, pl_module: LightningModule, batch: Any) -> None:
         if self._inputs is not None:

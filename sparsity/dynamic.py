@@ -129,6 +129,10 @@ class Dynamic(Sparsifier):
             self.ever[name] = ever[name].to(grown.device) | found[name]
         super().renew(found, step)
 
+    def adopt(self, found: Masks, renewed: int) -> None:
+        self.ever = found
+        super().adopt(found, renewed)
+
     def state_dict(self) -> dict[str, Any]:
         """Masks, counters, and one more bit per target weight: whether it has ever been kept."""
         return {**super().state_dict(), "ever": masks.to_state(self.ever)}
@@ -161,11 +165,23 @@ class Dynamic(Sparsifier):
         lowest = self._scores(rule.drop, before, f"{step}/drop")
         highest = self._scores(rule.grow, free, f"{step}/grow")
         for name in learning:
-            stays = largest(lowest[name], kept[name] - dropped[name])
-            free[name] = ~stays
-            found[name] = stays | largest(highest[name], grown[name])
+            stays = self.stays(name, lowest[name], kept[name] - dropped[name])
+            free[name] = self.free(stays, before[name])
+            found[name] = stays | self.grown(name, highest[name], grown[name])
             del free[name]  # one layer's at a time
         return found
+
+    def stays(self, name: str, scores: Tensor, count: int) -> Tensor:
+        """Which weights of a layer an update keeps, so many of those with the highest scores."""
+        return largest(scores, count)
+
+    def free(self, stays: Tensor, before: Tensor) -> Tensor:
+        """Which weights of a layer may grow, after and before the drop: those just dropped, too."""
+        return ~stays
+
+    def grown(self, name: str, scores: Tensor, count: int) -> Tensor:
+        """Which weights of a layer grow, so many of those with the highest scores; what is not free has -inf."""
+        return largest(scores, count)
 
     def _means(self, before: Masks, kept: dict[str, int]) -> dict[str, float]:
         """The mean score by which layers are compared, over the kept weights of each."""

@@ -28,6 +28,16 @@ class InPlace:
         return dropped, dropped
 
 
+class Elsewhere(InPlace):
+    """Every layer grows as many as it drops, and no more than were free before: what is dropped stays so."""
+
+    def __call__(
+        self, means: Mapping[str, float], kept: Mapping[str, int], sizes: Mapping[str, int], fraction: float
+    ) -> tuple[Counts, Counts]:
+        dropped = {name: min(_part(fraction, count), sizes[name] - count) for name, count in kept.items()}
+        return dropped, dropped
+
+
 class Proportional(InPlace):
     """Layers grow in proportion to the mean score of their kept weights, whatever they dropped.
 

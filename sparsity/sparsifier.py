@@ -207,6 +207,13 @@ class Sparsifier:
         self.enforce()
         self.history.record(step, found, before, self.explored())
 
+    def adopt(self, found: Masks, renewed: int) -> None:
+        """Takes over masks that come from elsewhere, such as a server's, as those of the renewal at a step.
+
+        Nothing is written: the weights are expected to come with them.
+        """
+        self.masks, self.renewed, self.history = found, renewed, History()
+
     def check_budget(self) -> None:
         """Raises `InputError` if the final sparsity cannot be met by the distribution and the pattern."""
         if self.sparsity > 0:

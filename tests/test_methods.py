@@ -20,6 +20,8 @@ from callbacks import (
     SWAMP,
     ConstantMask,
     EdgePopup,
+    FedDST,
+    FedSGC,
     GlobalMP,
     GraNet,
     GumbelNM,
@@ -27,6 +29,7 @@ from callbacks import (
     IterativeMagnitude,
     LotteryJackpot,
     OneShot,
+    PruneFL,
     RigL,
     SignedSupermask,
     SparseMomentum,
@@ -35,6 +38,7 @@ from callbacks import (
 )
 from sparsity import Sparsifier, Targets, masks
 from sparsity.adaptive import Adaptive, Phases
+from sparsity.congruent import Congruity, GradientCongruity
 from sparsity.distributions import ER, ERK, Uniform, UniformPlus
 from sparsity.dynamic import Dynamic
 from sparsity.gumbel import Annealing, Prior
@@ -101,6 +105,10 @@ METHODS: dict[str, Callable[[], Sparsify]] = {
     "IterativeMagnitude": lambda: IterativeMagnitude(0.6, rate=0.5),
     "IterativeMagnitude, rewound": lambda: IterativeMagnitude(0.5, rate=0.5, rewind="1ep", distribution=ERK()),
     "SWAMP": lambda: SWAMP(0.8, rate=0.8, rewind="1ep", particles=Particles(1, 1.0)),
+    "FedDST": lambda: FedDST(sparsity=0.8, drops=CosineDrop(0.3, 2)),
+    "FedSGC": lambda: FedSGC(sparsity=0.7, congruity=Congruity(0.5), drops=ConstantDrop(0.2, "1ep", 1.0)),
+    "FedSGC by gradient": lambda: FedSGC(0.9, GradientCongruity(1.0), CosineDrop(0.3, 2), Uniform()),
+    "PruneFL": lambda: PruneFL(sparsity=0.8, drops=CosineDrop(0.3, 2)),
     "GraNet from dense": lambda: GraNet(sparsity=0.9, initial=0.0, end=0.7, drops=CosineDrop(0.5, 1, 1.0, 0.005)),
 }
 SITUATIONS: dict[str, dict[str, Any]] = {

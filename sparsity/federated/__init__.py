@@ -1,1 +1,17 @@
-"""Federated sparse training: who holds which data, and what is sent."""
+"""Federated sparse training: many clients, one sparse model, and every byte counted.
+
+outcome = simulate(model, data, FedSGC(sparsity=0.8), Federation(clients=100, per_round=10, rounds=200))
+"""
+
+from sparsity.federated.client import Local
+from sparsity.federated.engine import Protocol
+from sparsity.federated.federation import Federation
+from sparsity.federated.partition import IID, ById, Dirichlet, Pathological, QuantitySkew
+from sparsity.federated.server import SCAFFOLD, FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedMean
+from sparsity.federated.simulation import Outcome, Running, simulate
+from sparsity.federated.tolerance import Tolerance
+
+__all__ = [
+    "IID", "SCAFFOLD", "ById", "Dirichlet", "FedAdam", "FedAvg", "FedAvgM", "FedMedian", "FedTrimmedMean", "Federation",
+    "Local", "Outcome", "Pathological", "Protocol", "QuantitySkew", "Running", "Tolerance", "simulate",
+]  # fmt: skip

@@ -20,6 +20,8 @@ TRIES = 1000  # draws of a random partition before it is given up
 class Partition:
     """Divides samples among clients, the same for the same seed. Partitions override `draw`."""
 
+    needs_labels = False  # whether labels matter
+
     def __call__(self, labels: Tensor, clients: int, seed: int = 0) -> Parts:
         """The indices of each client's samples in ascending order, int64: each sample is at exactly one client.
 
@@ -82,6 +84,8 @@ class Dirichlet(Skewed):
     Hsu, Qi & Brown (arXiv 1909.06335) in the variant of Yurochkin et al. (arXiv 1905.12022), which draws per class.
     """
 
+    needs_labels = True
+
     def once(self, labels: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
         classes = [self._shared(np.flatnonzero(labels == label), clients, rng) for label in np.unique(labels)]
         return [np.concatenate(parts) for parts in zip(*classes, strict=True)]
@@ -93,6 +97,8 @@ class Pathological(Partition):
     McMahan et al. (arXiv 1602.05629), who deal two shards of sorted samples to each client, so that some clients get
     more classes; here it is exact.
     """
+
+    needs_labels = True
 
     def __init__(self, classes: int = 2) -> None:
         if classes < 1:

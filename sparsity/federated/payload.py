@@ -25,7 +25,7 @@ class Payload:
     """What one side tells the other.
 
     weights: those that have masks, whole tensors that are zero where they are pruned. rest: all others. directions: of
-    weights by name, True where a weight has grown, in its shape; only those of kept weights are sent. numbers: anything
+    weights by name, int8 in their shapes, 1 where a weight has grown, -1 where it has shrunk, and 0. numbers: anything
     else that is a number.
     """
 
@@ -42,8 +42,9 @@ def encode(payload: Payload, masks: Masks, known: Masks | None = None, precision
     """The payload as bytes: the values of kept weights, and the masks as far as the receiver does not know them.
 
     Where `known`, the receiver's masks, are these masks, none are sent; otherwise each goes as a whole or as what has
-    changed, whichever is shorter. "float16" and "int8" round the values of weights, the latter to 255 steps up to the
-    largest magnitude of each tensor; the rest stays as it is. A safetensors file after a hash of it.
+    changed, whichever is shorter. Directions take one bit for each weight that has one, and where those are not just
+    the kept weights, what is different. "float16" and "int8" round the values of weights, the latter to 255 steps up to
+    the largest magnitude of each tensor; the rest stays as it is. A safetensors file after a hash of it.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -56,9 +57,9 @@ def encode(payload: Payload, masks: Masks, known: Masks | None = None, precision
         if known is None or not torch.equal(mask, known[name].cpu()):
             whole, change = bits.encode(mask), None if known is None else bits.encode(mask ^ known[name].cpu())
             kind, data = ("whole", whole) if change is None or len(whole) <= len(change) else ("change", change)
-            tensors[f"{kind}/{name}"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            tensors[f"{kind}/{name}"] = _bytes(data)
         if name in payload.directions:
-            tensors[f"directions/{name}"] = packed(payload.directions[name].cpu()[mask])
+            tensors |= _directed(name, payload.directions[name].cpu(), mask)
     about = {
         "format": FORMAT, "precision": precision, "scales": json.dumps(scales), "numbers": json.dumps(payload.numbers),
         "known": "" if known is None else fingerprint(known), "masks": fingerprint(masks),
@@ -88,9 +89,7 @@ def decode(data: bytes, weights: Tensors, rest: Tensors, known: Masks | None = N
         whole[masks[name]] = _finite(name, values.to(weight.dtype) * scales.get(name, 1.0))
         found[name] = whole
         if f"directions/{name}" in tensors:
-            ups = unpack(_taken(tensors, f"directions/{name}", (math.ceil(kept / 8),), torch.uint8), (kept,))
-            directions[name] = torch.zeros(weight.shape, dtype=torch.bool)
-            directions[name][masks[name]] = ups
+            directions[name] = _directions(tensors, name, masks[name])
     others = {}
     for name, each in rest.items():
         others[name] = _finite(name, _taken(tensors, f"rest/{name}", each.shape, each.dtype))
@@ -111,11 +110,41 @@ def bound(masks: Masks, known: Masks | None = None) -> float:
 def parts(data: bytes) -> dict[str, int]:
     """How many of a payload's bytes are values, masks, directions and the rest; the remainder is `container`."""
     tensors, _ = _read(data)
-    kinds = {"values": "values", "whole": "masks", "change": "masks", "directions": "directions", "rest": "rest"}
+    kinds = {"values": "values", "whole": "masks", "change": "masks", "rest": "rest"}
+    kinds |= dict.fromkeys(("directions", "moved"), "directions")
     found = dict.fromkeys((*dict.fromkeys(kinds.values()), "container"), 0)
     for name, each in tensors.items():
         found[kinds[name.partition("/")[0]]] += each.numel() * each.element_size()
     found["container"] = len(data) - sum(found.values())
+    return found
+
+
+def _directed(name: str, direction: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """One bit for each weight that has a direction, and which ones those are unless they are the kept ones."""
+    moved = direction != 0
+    found = {f"directions/{name}": packed(direction[moved] > 0)}
+    if not torch.equal(moved, mask):
+        found[f"moved/{name}"] = _bytes(bits.encode(moved ^ mask))
+    return found
+
+
+def _directions(tensors: dict[str, Tensor], name: str, mask: Tensor) -> Tensor:
+    moved = mask
+    if f"moved/{name}" in tensors:
+        moved = mask ^ bits.decode(_raw(tensors.pop(f"moved/{name}")), tuple(mask.shape))
+    count = int(moved.count_nonzero())
+    ups = unpack(_taken(tensors, f"directions/{name}", (math.ceil(count / 8),), torch.uint8), (count,))
+    found = torch.zeros(mask.shape, dtype=torch.int8)
+    found[moved] = ups.to(torch.int8) * 2 - 1
+    return found
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _raw(tensor: Tensor) -> bytes:
+    found: bytes = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     return found
 
 
@@ -160,8 +189,7 @@ def _numbers(text: str) -> dict[str, float]:
 def _mask(tensors: dict[str, Tensor], name: str, weight: Tensor, known: Masks | None) -> Tensor:
     for kind in ("whole", "change"):
         if f"{kind}/{name}" in tensors:
-            data = tensors.pop(f"{kind}/{name}")
-            mask = bits.decode(data.contiguous().view(torch.uint8).numpy().tobytes(), tuple(weight.shape))
+            mask = bits.decode(_raw(tensors.pop(f"{kind}/{name}")), tuple(weight.shape))
             if kind == "whole":
                 return mask
             if known is None:

@@ -1,6 +1,7 @@
 """The networks that the sparse-training papers measure on, and the Lightning modules that train them."""
 
 from sparsity.models.classifier import Classifier
+from sparsity.models.federated import FedCIFARNet, FedMNISTNet
 from sparsity.models.language import LanguageModel
 from sparsity.models.lenet import LeNet5, LeNet300100
 from sparsity.models.resnet import ResNet20, ResNet32
@@ -14,6 +15,8 @@ __all__ = [
     "VGG16",
     "VGG19",
     "Classifier",
+    "FedCIFARNet",
+    "FedMNISTNet",
     "LanguageModel",
     "LeNet5",
     "LeNet300100",

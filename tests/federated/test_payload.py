@@ -21,8 +21,8 @@ def state(density: float = 0.2, seed: int = 0) -> tuple[Payload, masks.Masks]:
     found = {name: torch.rand(shape, generator=generator) < density for name, shape in SHAPES.items()}
     weights = {name: torch.randn(shape, generator=generator) * found[name] for name, shape in SHAPES.items()}
     rest = {"one.bias": torch.randn(40, generator=generator), "two.count": torch.tensor(7)}
-    ups = {name: (torch.rand(shape, generator=generator) < 0.5) & found[name] for name, shape in SHAPES.items()}
-    return Payload(weights, rest, ups, {"samples": 12, "loss": 0.25}), found
+    moved = {name: weight.sign().to(torch.int8) for name, weight in weights.items()}
+    return Payload(weights, rest, moved, {"samples": 12, "loss": 0.25}), found
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -49,6 +49,17 @@ def test_everything_comes_back(density: float, knows: str) -> None:
     assert same(again.rest, payload.rest)
     assert same(again.directions, payload.directions)
     assert again.numbers == {"samples": 12, "loss": 0.25}
+
+
+def test_directions_need_not_be_those_of_the_kept_weights() -> None:
+    payload, found = state()
+    one_bit_each = parts(encode(payload, found))["directions"]
+    payload.directions["one.weight"][found["one.weight"]] *= torch.arange(int(found["one.weight"].sum())).ne(3).char()
+    payload.directions["two.weight"] = torch.randint(-1, 2, SHAPES["two.weight"]).to(torch.int8)
+    data = encode(payload, found)
+    assert parts(data)["directions"] > one_bit_each
+    again, _ = decode(data, payload.weights, payload.rest)
+    assert same(again.directions, payload.directions)
 
 
 def test_what_is_known_is_not_sent() -> None:

@@ -1,0 +1,78 @@
+"""Layout: a model's state as one vector, the weights that have masks first."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.errors import InputError
+
+Tensors = dict[str, Tensor]
+
+
+class Layout:
+    """Which tensors a model shares, and where each lies in a vector of all of them.
+
+    `targets` are the names of the weights that have masks; the rest are all other parameters and the buffers that the
+    model's `state_dict` has. A parameter that has two names is shared once, under its first.
+    """
+
+    def __init__(self, model: nn.Module, targets: Iterable[str]) -> None:
+        saved = model.state_dict(keep_vars=True).keys()
+        found = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in saved}
+        if not found:
+            raise InputError("the model has no parameters and no buffers: there is nothing to share")
+        names = list(targets)
+        self.tensors: Tensors = {**{name: found[name] for name in names}}
+        self.tensors |= {name: each for name, each in found.items() if name not in self.tensors}
+        self.targets = frozenset(names)
+        self.sizes = [each.numel() for each in self.tensors.values()]
+        self.masked = sum(self.tensors[name].numel() for name in names)  # so many of the first have masks
+        self.size = sum(self.sizes)
+        kinds = [torch.full((each.numel(),), isinstance(each, nn.Parameter)) for each in self.tensors.values()]
+        self.learned = torch.cat(kinds)  # bool of [size]: parameters, not buffers
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """The model's state, float64 of [size] on the CPU."""
+        return self.join(self.tensors)
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        """Puts a state into the model, in place; integers are rounded."""
+        for name, value in self.split(values).items():
+            self.tensors[name].copy_(value)
+
+    def join(self, tensors: Tensors) -> Tensor:
+        """Tensors by name as one vector, float64 on the CPU; in the layout's order, and only those that it has."""
+        parts = [tensors[name].detach().reshape(-1).cpu().double() for name in self.tensors if name in tensors]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+    def split(self, values: Tensor) -> Tensors:
+        """A vector as tensors of the model's shapes and dtypes, on the CPU."""
+        parts = torch.split(values, self.sizes)
+        return {name: _as(part, like) for (name, like), part in zip(self.tensors.items(), parts, strict=True)}
+
+    def weights(self, values: Tensor) -> Tensors:
+        """Those that have masks."""
+        return {name: each for name, each in self.split(values).items() if name in self.targets}
+
+    def rest(self, values: Tensor) -> Tensors:
+        """Those that have none."""
+        return {name: each for name, each in self.split(values).items() if name not in self.targets}
+
+    def mask(self, masks: Tensors) -> Tensor:
+        """Masks as one bool vector of [masked]."""
+        parts = [masks[name].reshape(-1).cpu() for name in self.tensors if name in self.targets]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
+
+    def masks(self, vector: Tensor) -> Tensors:
+        """A vector of [masked], of bools or anything else, by name in the weights' shapes."""
+        names = [name for name in self.tensors if name in self.targets]
+        parts = torch.split(vector, [self.tensors[name].numel() for name in names])
+        return {name: part.view(self.tensors[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
+def _as(part: Tensor, like: Tensor) -> Tensor:
+    whole = part if like.is_floating_point() else part.round()
+    return whole.to(like.dtype).view(like.shape)

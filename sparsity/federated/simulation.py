@@ -1,0 +1,144 @@
+"""A simulation: all rounds of a federation on this machine, saved after each, and what came of it."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsity.errors import InputError
+from sparsity.federated import crew, state
+from sparsity.federated.crew import Crew
+from sparsity.federated.engine import Engine, Protocol, Row, check
+from sparsity.federated.federation import Federation
+from sparsity.federated.partition import Parts
+from sparsity.federated.site import Site, Source
+from sparsity.federated.state import State
+from sparsity.sparsifier import Sparsifier
+
+FILE = "federation.ckpt"
+
+
+class Running:
+    """How a simulation runs, none of which changes what comes out of it.
+
+    Args:
+        workers: processes that share the clients of a round, of one thread each.
+        evaluate_every: rounds from one validation of the global model to the next; the last one is always validated.
+        folder: where the state is saved after each round; nowhere if not given.
+        resume: the folder of a run to go on from, its own or another.
+    """
+
+    def __init__(
+        self, workers: int = 1, evaluate_every: int = 1, folder: str | Path | None = None,
+        resume: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        if workers < 1 or evaluate_every < 1:
+            raise InputError(f"expected {workers=} and {evaluate_every=} of at least 1")
+        if resume is not None and not (Path(resume) / FILE).is_file():
+            raise InputError(f"there is no {FILE} in '{resume}' to go on from: give the folder of a run")
+        self.workers, self.evaluate_every = workers, evaluate_every
+        self.folder = None if folder is None else Path(folder)
+        self.resume = None if resume is None else Path(resume)
+
+
+class Outcome:
+    """What a simulation ended with.
+
+    state: the federation's. metrics: of the final model on the validation split and, read once, the test split.
+    clients: those of what each client held out. parts: who had which samples.
+    """
+
+    def __init__(self, state: State, metrics: dict[str, float], clients: list[dict[str, float]], parts: Parts) -> None:
+        self.state, self.metrics, self.clients, self.parts = state, metrics, clients, parts
+
+    @property
+    def rows(self) -> list[Row]:
+        """What happened in each round."""
+        return self.state.rows
+
+
+def simulate(
+    model: Any,
+    data: Any,
+    method: Any = None,
+    federation: Federation | None = None,
+    protocol: Protocol | None = None,
+    running: Running | None = None,
+    *,
+    seed: int = 0,
+    on_round: Callable[[Row], None] | None = None,
+) -> Outcome:
+    """Trains a Lightning module over the clients of a federation; it ends with the global weights.
+
+    `data` is a Lightning data module, whose training samples the clients share. `method` is a callback as in `fit`, or
+    its sparsifier; None is dense. `on_round` is called after each round, and first for those of
+    a run that goes on. The same seed gives the same result, to the
+    last bit, for any number of workers, and when a run is resumed.
+
+    Raises `InputError` for what cannot work, before the first round.
+    """
+    federation, protocol, running = federation or Federation(), protocol or Protocol(), running or Running()
+    sparsifier: Sparsifier | None = getattr(method, "sparsifier", method)
+    if sparsifier is not None:
+        check(sparsifier)
+
+    def body(member: Crew) -> Outcome:
+        return _rounds(member, model, data, sparsifier, federation, protocol, running, seed, on_round)
+
+    with torch.random.fork_rng(devices=[]):
+        return crew.run(running.workers, body)
+
+
+def _rounds(
+    member: Crew, model: Any, data: Any, sparsifier: Sparsifier | None, federation: Federation, protocol: Protocol,
+    running: Running, seed: int, on_round: Callable[[Row], None] | None,
+) -> Outcome:  # fmt: skip
+    source = Source(data, next(model.parameters()).device)
+    site = Site(model, sparsifier, federation.rounds, seed)
+    try:
+        engine = Engine(site, source, federation, protocol, seed, member)
+        if running.resume:
+            engine.state = state.load(running.resume / FILE, engine.about())
+        first = member.rank == 0
+        if first and on_round:
+            for row in engine.state.rows:
+                on_round(row)
+        while engine.state.round < federation.rounds:
+            row = engine.round()
+            last = engine.state.round == federation.rounds
+            if first and (last or engine.state.round % running.evaluate_every == 0):
+                _measure(engine, row)
+            if first and running.folder:
+                engine.state.save(running.folder / FILE, engine.about())
+            if first and on_round:
+                on_round(row)
+        return _outcome(engine, data) if first else Outcome(engine.state, {}, [], [])
+    finally:
+        site.close()
+
+
+def _measure(engine: Engine, row: Row) -> None:
+    start = time.perf_counter()
+    found = engine.evaluate()
+    row |= {"accuracy": next((value for name, value in found.items() if "acc" in name), None), "metrics": found}
+    row["seconds_evaluating"] = round(time.perf_counter() - start, 3)
+
+
+def _outcome(engine: Engine, data: Any) -> Outcome:
+    metrics = dict(engine.state.rows[-1].get("metrics", {})) if engine.state.rows else {}
+    if _defines(data, "test_dataloader") and _defines(engine.site.model, "test_step"):
+        metrics |= engine.evaluate("test")
+    clients = engine.evaluate_clients()
+    engine.site.layout.write(engine.state.values)
+    if engine.site.sparsifier is not None:
+        masks = engine.site.layout.masks(engine.state.mask)
+        engine.site.sparsifier.adopt(masks, engine.state.round - 1)
+    return Outcome(engine.state, metrics, clients, engine.parts)
+
+
+def _defines(thing: Any, name: str) -> bool:
+    """Whether a class of the user's own defines a hook, which Lightning's bases define to do nothing."""
+    ours = (each for each in type(thing).__mro__ if "lightning" not in each.__module__.split(".")[0])
+    return any(name in vars(each) for each in ours)

@@ -1,0 +1,66 @@
+"""Tolerance: what a federation does about clients that fail."""
+
+import torch
+from torch import Tensor
+
+from sparsity.errors import InputError
+from sparsity.federated.exact import LARGEST
+from sparsity.federated.layout import Layout
+from sparsity.federated.server import Update
+
+
+class Tolerance:
+    """Which failures are expected, and what becomes of a round then.
+
+    A client that fails is counted with its reason, and the round goes on without it. Values that are NaN or infinite
+    are always refused.
+
+    Args:
+        dropout: the chance that a client gets the model and never answers, in [0, 1).
+        timeout: seconds that a client may train; the time of day then decides about results. No limit if not given.
+        quorum: how many clients have to answer; with fewer the model stays as it is.
+        clip: the largest norm of a client's change, to which longer ones are shortened; none if not given.
+    """
+
+    def __init__(
+        self, dropout: float = 0.0, timeout: float | None = None, quorum: int = 1, clip: float | None = None
+    ) -> None:
+        if not 0 <= dropout < 1 or quorum < 1:
+            raise InputError(f"expected {dropout=} in [0, 1) and {quorum=} of at least 1")
+        if (timeout is not None and timeout <= 0) or (clip is not None and clip <= 0):
+            raise InputError(f"expected {timeout=} and {clip=} above 0")
+        self.dropout, self.timeout, self.quorum, self.clip = dropout, timeout, quorum, clip
+
+    def drops(self, seed: int) -> bool:
+        """Whether a client with this seed does not answer."""
+        return float(torch.rand((), generator=torch.Generator().manual_seed(seed))) < self.dropout
+
+    def clipped(self, update: Update, before: Tensor) -> Update:
+        """The update, its change from `before` no longer than `clip`."""
+        if self.clip is None:
+            return update
+        change = update.values - before
+        kept = torch.ones(len(change), dtype=torch.bool)
+        kept[: len(update.mask)] = update.mask
+        norm = float(torch.linalg.vector_norm(change[kept]))
+        if norm > self.clip:
+            update.values = torch.where(kept, before + change * (self.clip / norm), 0.0)
+        return update
+
+
+def refuse(update: Update, layout: Layout, more: dict[str, int]) -> None:
+    """Raises `InputError` where an update cannot be added: of another shape, not finite, too large, of no samples."""
+    expected = {"values": layout.size, **more}
+    vectors = {"values": update.values, **update.more}
+    if update.samples < 1 or update.mask.dtype != torch.bool or len(update.mask) != layout.masked:
+        raise InputError(f"the update is of {update.samples} samples with a mask of {tuple(update.mask.shape)}")
+    if {name: len(each) for name, each in vectors.items()} != expected:
+        raise InputError(f"the update has { ({n: len(v) for n, v in vectors.items()}) }, expected {expected}")
+    for name, vector in vectors.items():
+        finite = torch.isfinite(vector)
+        if not bool(finite.all()):
+            raise InputError(f"{int((~finite).count_nonzero())} of {len(vector)} {name} are NaN or infinite")
+        if float(vector.abs().max()) * update.samples >= LARGEST:
+            raise InputError(f"{name} go up to {float(vector.abs().max()):g}, which is beyond any model's")
+    if bool(update.values[: layout.masked][~update.mask].any()):
+        raise InputError("the update has values where its mask prunes")
