@@ -5,7 +5,7 @@ The classes work in a `pytorch_lightning` and in a `lightning.pytorch` Trainer.
 
 from .adaptive import HyperSparse
 from .dynamic import SET, GraNet, RigL, SparseMomentum
-from .federated import FedDST, FedSGC, PruneFL
+from .federated import FLASH, FedDST, FedSGC, PruneFL
 from .gradual import GMP, LAMP, GlobalMP
 from .learned import PGF, SRSTE, STE, GumbelNM
 from .lottery import SWAMP, IterativeMagnitude
@@ -16,7 +16,7 @@ from .static import ConstantMask, StaticMask
 from .supermask import EdgePopup, LotteryJackpot, SignedSupermask
 
 __all__ = [
-    "ASP", "GMP", "LAMP", "PGF", "SET", "SRSTE", "STE", "SWAMP", "ConstantMask", "EdgePopup", "FedDST",
+    "ASP", "FLASH", "GMP", "LAMP", "PGF", "SET", "SRSTE", "STE", "SWAMP", "ConstantMask", "EdgePopup", "FedDST",
     "FedSGC", "GlobalMP", "GraNet",
     "GumbelNM", "HyperSparse", "IterativeMagnitude", "LotteryJackpot", "OneShot", "PruneFL", "RigL", "SignedSupermask",
     "SparseMomentum", "Sparsify", "SparsityReport", "StaticMask",

@@ -4,6 +4,7 @@ from sparsity.congruent import Congruent, Congruity
 from sparsity.distributions import Distribution
 from sparsity.importance import Importance
 from sparsity.schedules import ConstantDrop
+from sparsity.sensitivity import Sensitivity
 from sparsity.targets import Targets
 
 from .sparsify import Sparsify
@@ -64,6 +65,35 @@ class FedDST(Sparsify):
         targets: Targets | None = None,
     ) -> None:
         super().__init__(Congruent(sparsity, Congruity(0.0), drops, distribution, targets))
+
+
+class FLASH(Sparsify):
+    """FLASH: Babakniya et al., "Revisiting sparsity hunting in federated learning" (TMLR 2023), with fixed masks.
+
+    A part of the clients trains before the first round with masks that move between layers; all then train one random
+    mask with the average of their densities, so that clients never disagree about it. Unlike the authors' code, which
+    draws each weight, the number of weights is exact. In a trainer of one's own it is sparse momentum.
+
+    Args:
+        sparsity: fraction of zeros over all targets, in (0, 1).
+        scouts: what part of the clients trains before the others.
+        epochs: that each of them trains.
+        drops: what fraction of the kept weights they drop, and when, in their own steps;
+            `CosineDrop(0.25, "1ep", 1.0, 0.005)` if not given.
+        distribution: the weights each layer starts with; `ERK()` if not given.
+        targets: which parameters; all Linear and convolution weights if not given.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        scouts: float = 0.1,
+        epochs: int = 10,
+        drops: ConstantDrop | None = None,
+        distribution: Distribution | None = None,
+        targets: Targets | None = None,
+    ) -> None:
+        super().__init__(Sensitivity(sparsity, scouts, epochs, drops, distribution, targets))
 
 
 class PruneFL(Sparsify):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from callbacks import (
     ASP,
+    FLASH,
     GMP,
     LAMP,
     PGF,
@@ -108,6 +109,7 @@ METHODS: dict[str, Callable[[], Sparsify]] = {
     "FedDST": lambda: FedDST(sparsity=0.8, drops=CosineDrop(0.3, 2)),
     "FedSGC": lambda: FedSGC(sparsity=0.7, congruity=Congruity(0.5), drops=ConstantDrop(0.2, "1ep", 1.0)),
     "FedSGC by gradient": lambda: FedSGC(0.9, GradientCongruity(1.0), CosineDrop(0.3, 2), Uniform()),
+    "FLASH": lambda: FLASH(sparsity=0.6, drops=CosineDrop(0.5, 2, 1.0, 0.005)),
     "PruneFL": lambda: PruneFL(sparsity=0.8, drops=CosineDrop(0.3, 2)),
     "GraNet from dense": lambda: GraNet(sparsity=0.9, initial=0.0, end=0.7, drops=CosineDrop(0.5, 1, 1.0, 0.005)),
 }

@@ -16,6 +16,7 @@ from sparsity.federated.crew import Crew
 from sparsity.federated.federation import Federation, fingerprint, seed_of, share
 from sparsity.federated.partition import Parts, labels_of
 from sparsity.federated.payload import PRECISIONS
+from sparsity.federated.scouting import fixed, scouted
 from sparsity.federated.server import FedAvg, Sums, Update, server_step
 from sparsity.federated.site import Site, Source
 from sparsity.federated.state import State
@@ -23,6 +24,7 @@ from sparsity.federated.tolerance import Tolerance, refuse
 from sparsity.federated.wire import Wire
 from sparsity.importance import Importance
 from sparsity.schedules import Constant, Horizon
+from sparsity.sensitivity import Sensitivity
 from sparsity.sparsifier import Sparsifier
 
 Row = dict[str, Any]
@@ -60,12 +62,14 @@ class Engine:
     ) -> None:  # fmt: skip
         self.site, self.source, self.federation, self.protocol, self.seed = site, source, federation, protocol, seed
         self.crew = crew or Crew()
+        self.method = site.sparsifier  # as it was asked for
         self.wire = Wire(site.layout, protocol.precision)
         labels = labels_of(source.dataset) if federation.partition.needs_labels else torch.zeros(len(source))
         self.parts: Parts = federation.partition(labels, federation.clients, seed)
         self.trained, self.held_out = federation.divide(self.parts, seed)
         self.samples = sum(map(len, self.trained))
-        self.plan = site.sparsifier.plan(Horizon(federation.rounds, 1)) if site.sparsifier else {}
+        moves = site.sparsifier is not None and not isinstance(site.sparsifier, Sensitivity)
+        self.plan = site.sparsifier.plan(Horizon(federation.rounds, 1)) if site.sparsifier and moves else {}
         self.state = State(site.layout.read(), site.mask)
         if protocol.server.controls:
             _check_plain(site)
@@ -73,7 +77,7 @@ class Engine:
 
     def about(self) -> dict[str, Any]:
         """What a saved state has to have been made with."""
-        sparsifier, layout = self.site.sparsifier, self.site.layout
+        sparsifier, layout = self.method, self.site.layout
         return {
             "seed": self.seed, "clients": self.federation.clients, "per_round": self.federation.per_round,
             "rounds": self.federation.rounds, "partition": fingerprint(self.trained),
@@ -81,6 +85,16 @@ class Engine:
             "method": type(sparsifier).__name__, "sparsity": sparsifier.sparsity if sparsifier else 0.0,
             "server": type(self.protocol.server).__name__, "precision": self.protocol.precision,
         }  # fmt: skip
+
+    def scout(self) -> None:
+        """Lets scouts find the densities of the layers, unless they have, and goes on with fixed masks of these."""
+        method, begun = self.site.sparsifier, self.state.scouting
+        assert isinstance(method, Sensitivity)
+        about = begun or scouted(self.site, self.source, self.trained, self.seed, self.crew)
+        self.site.attach(fixed(method, about["densities"]))
+        if not begun:
+            self.state.values, self.state.mask = self.site.layout.read(), self.site.mask
+            self.state.scouting = about
 
     def round(self) -> Row:
         """One round: the state becomes the next one, and what happened is returned."""
@@ -249,6 +263,8 @@ def check(sparsifier: Sparsifier) -> None:
             f"{type(sparsifier).__name__} finds its masks by more than weights and gradients, which clients do not "
             "share: take FedSGC, FedDST, PruneFL, RigL, SET, StaticMask, ConstantMask, GMP or LAMP"
         )
+    if isinstance(sparsifier, Sensitivity):
+        return  # its masks move before the first round only
     if sparsifier.regrowth.redistribution.score is not None or type(sparsifier.schedule) is not Constant:
         raise InputError(
             "the weights of each layer have to stay as many when clients move them: take a method that neither "

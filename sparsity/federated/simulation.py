@@ -15,6 +15,7 @@ from sparsity.federated.federation import Federation
 from sparsity.federated.partition import Parts
 from sparsity.federated.site import Site, Source
 from sparsity.federated.state import State
+from sparsity.sensitivity import Sensitivity
 from sparsity.sparsifier import Sparsifier
 
 FILE = "federation.ckpt"
@@ -101,6 +102,8 @@ def _rounds(
         engine = Engine(site, source, federation, protocol, seed, member)
         if running.resume:
             engine.state = state.load(running.resume / FILE, engine.about())
+        if isinstance(sparsifier, Sensitivity):
+            engine.scout()
         first = member.rank == 0
         if first and on_round:
             for row in engine.state.rows:
@@ -132,9 +135,8 @@ def _outcome(engine: Engine, data: Any) -> Outcome:
         metrics |= engine.evaluate("test")
     clients = engine.evaluate_clients()
     engine.site.layout.write(engine.state.values)
-    if engine.site.sparsifier is not None:
-        masks = engine.site.layout.masks(engine.state.mask)
-        engine.site.sparsifier.adopt(masks, engine.state.round - 1)
+    if engine.method is not None:
+        engine.method.adopt(engine.site.layout.masks(engine.state.mask), engine.state.round - 1)
     return Outcome(engine.state, metrics, clients, engine.parts)
 
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from sparsity.errors import InputError
 from sparsity.federated.layout import Layout
 from sparsity.schedules import Horizon
+from sparsity.sensitivity import Sensitivity
 from sparsity.sparsifier import Sparsifier
 
 
@@ -70,18 +71,26 @@ class Site:
             raise InputError(f"{type(model).__name__} optimizes by hand: clients need automatic_optimization")
         self.model, self.sparsifier = model, sparsifier
         self.log = Log(model)
+        scouts = isinstance(sparsifier, Sensitivity)
+        self._begun = {name: value.detach().clone() for name, value in model.state_dict().items() if scouts}
         self.optimizer, self._schedule = _optimizer(model)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._scheduled = 0
+        self.rounds, self.seed = rounds, seed
         if sparsifier is not None:
-            sparsifier.detach()
-            sparsifier.attach(model, self.optimizer, horizon=Horizon(rounds, 1), seed=seed)
+            self.attach(sparsifier)
         self.layout = Layout(model, sparsifier.masks if sparsifier else ())
 
     @property
     def mask(self) -> Tensor:
         """The present masks as a vector."""
         return self.layout.mask(self.sparsifier.masks if self.sparsifier else {})
+
+    def attach(self, sparsifier: Sparsifier) -> None:
+        """Prunes by this method from now on."""
+        self.sparsifier = sparsifier
+        sparsifier.detach()
+        sparsifier.attach(self.model, self.optimizer, horizon=Horizon(self.rounds, 1), seed=self.seed)
 
     def begin(self, number: int) -> None:
         """A client begins in this round: its optimizer is fresh, at the learning rate of the round."""
@@ -110,6 +119,10 @@ class Site:
                 _call(step, batch, number)
         self.model.train()
         return self.log.means()
+
+    def restart(self) -> None:
+        """The model as it came, before anything was pruned; where there are scouts, who need it."""
+        self.model.load_state_dict(self._begun)
 
     def close(self) -> None:
         """Gives the model its own `log` back."""

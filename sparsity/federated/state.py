@@ -20,7 +20,8 @@ class State:
     values: the model's state as a vector (`Layout`), float64 of [size], exactly as the model's dtypes hold it. mask:
     bool of [masked]. directions: int8 of [masked], of the last global step. moments: the server optimizer's, by name.
     controls: SCAFFOLD's, the server's under -1 and each client's under its number. version: the round that the mask
-    came with. known: the version that each client has; versions: the masks of those. rows: what happened in each round.
+    came with. known: the version that each client has; versions: the masks of those. scouting: what
+    came before the first round, if anything did. rows: what happened in each round.
     """
 
     def __init__(self, values: Tensor, mask: Tensor) -> None:
@@ -32,6 +33,7 @@ class State:
         self.version = 0
         self.known: dict[int, int] = {}
         self.versions: dict[int, Tensor] = {}
+        self.scouting: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
 
     def know(self, clients: Iterable[int], before: "State") -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from callbacks import FedSGC, PruneFL, StaticMask
+from callbacks import FLASH, FedSGC, PruneFL, StaticMask
 from sparsity import InputError
 from sparsity.congruent import Congruity
 from sparsity.federated import (
@@ -138,6 +138,7 @@ def test_wrong_updates_are_refused(name: str) -> None:
 
 CASES: dict[str, Any] = {
     "FedSGC": lambda: {"method": FedSGC(0.6, Congruity(0.5), drops())},
+    "FLASH": lambda: {"method": FLASH(0.6, 0.4, 2)},
     "PruneFL": lambda: {"method": PruneFL(0.6, drops())},
     "SCAFFOLD": lambda: {"server": SCAFFOLD()},
     "FedAvgM": lambda: {"server": FedAvgM(), "method": StaticMask(0.5)},
@@ -149,7 +150,8 @@ CASES: dict[str, Any] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_is_the_uninterrupted_one(case: str, tmp_path: Path) -> None:
-    whole = run(model(), 8, 3, folder=tmp_path / "whole", **CASES[case]())
+    momentum = 0.9 if case == "FLASH" else 0.0
+    whole = run(model(momentum=momentum), 8, 3, folder=tmp_path / "whole", **CASES[case]())
 
     class Interrupted(Exception):
         pass
@@ -163,10 +165,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(case: str, tmp_path: Path) -> No
     running = Running(1, folder=tmp_path / "part")
     with pytest.raises(Interrupted):
         simulate(
-            model(), Points(), settings.get("method"), Federation(5, 3, 8), protocol, running, seed=1, on_round=stop
+            model(momentum=momentum),
+            Points(),
+            settings.get("method"),
+            Federation(5, 3, 8),
+            protocol,
+            running,
+            seed=1,
+            on_round=stop,
         )
     assert load(tmp_path / "part" / "federation.ckpt", {}).round == 5
-    again = run(model(1), 8, 3, folder=tmp_path / "part", resume=tmp_path / "part", **CASES[case]())
+    again = run(model(1, momentum=momentum), 8, 3, folder=tmp_path / "part", resume=tmp_path / "part", **CASES[case]())
     assert torch.equal(again.state.values, whole.state.values)
     assert torch.equal(again.state.mask, whole.state.mask)
     for one, other in zip(again.rows, whole.rows, strict=True):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from callbacks import (
+    FLASH,
     GMP,
     LAMP,
     SET,
@@ -22,7 +23,7 @@ from callbacks import (
     SparseMomentum,
     StaticMask,
 )
-from sparsity import InputError, Sparsifier, masks
+from sparsity import Horizon, InputError, Sparsifier, masks
 from sparsity.congruent import Congruent, Congruity, GradientCongruity
 from sparsity.federated import (
     IID,
@@ -58,6 +59,7 @@ METHODS: dict[str, Any] = {
     "FedSGC every round": lambda: FedSGC(0.6, Congruity(0.5), drops(1)),
     "FedSGC by gradient": lambda: FedSGC(0.6, GradientCongruity(0.5), drops()),
     "PruneFL": lambda: PruneFL(0.6, drops()),
+    "FLASH": lambda: FLASH(0.6, 0.4, 3),
     "RigL": lambda: RigL(0.6, drops()),
     "SET": lambda: SET(0.6, drops()),
     "GMP": lambda: GMP(0.6, Cubic(0.1, 0.8, 1)),
@@ -88,7 +90,7 @@ def same(one: Outcome, other: Outcome) -> bool:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_counts_stay_exact_and_pruned_weights_zero(name: str) -> None:
-    method, net, densities = METHODS[name](), model(), list[float]()
+    method, net, densities = METHODS[name](), model(momentum=0.9), list[float]()
     protocol = Protocol(Local(2))
     simulate(
         net, Points(), method, federation(), protocol, seed=3, on_round=lambda row: densities.append(row["density"])
@@ -120,7 +122,7 @@ def test_layers_keep_as_many_weights_as_they_began_with() -> None:
 
 @pytest.mark.parametrize(("name", "workers"), [*((name, 2) for name in METHODS), ("FedSGC", 3), ("PruneFL", 4)])
 def test_the_number_of_workers_changes_nothing(name: str, workers: int) -> None:
-    assert same(run(METHODS[name]()), run(METHODS[name](), workers=workers))
+    assert same(*(run(METHODS[name](), model(momentum=0.5), workers=each) for each in (1, workers)))
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -188,6 +190,22 @@ def test_the_users_random_numbers_stay_theirs() -> None:
     torch.manual_seed(5)
     run(None, net)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_scouts_decide_how_dense_layers_are_and_their_masks_stay() -> None:
+    method, other = FLASH(0.6, 0.4, 3), FLASH(0.6, 0.4, 3)
+    outcome = run(method, model(momentum=0.9))
+    about = outcome.state.scouting
+    assert len(about["clients"]) == 3
+    assert about["failures"] == []
+    found = masks.counts(method.sparsifier.masks)
+    for name, density in about["densities"].items():
+        assert abs(found[name] - density * method.sparsifier.masks[name].numel()) < 1
+    net = model()
+    other.sparsifier.attach(net, torch.optim.SGD(net.parameters(), 0.1, 0.9), horizon=Horizon(6, 1))
+    assert found != masks.counts(other.sparsifier.masks), "not what they began with"
+    assert len({row["density"] for row in outcome.rows}) == 1
+    assert sum(row["mask_bound_up"] for row in outcome.rows) == 0
 
 
 def test_a_proximal_term_holds_clients_back() -> None:
