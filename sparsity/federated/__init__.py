@@ -4,7 +4,7 @@ outcome = simulate(model, data, FedSGC(sparsity=0.8), Federation(clients=100, pe
 """
 
 from sparsity.federated.client import Local
-from sparsity.federated.engine import Protocol
+from sparsity.federated.coordinator import Protocol
 from sparsity.federated.federation import Federation
 from sparsity.federated.partition import IID, ById, Dirichlet, Pathological, QuantitySkew
 from sparsity.federated.server import SCAFFOLD, FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedMean

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparsity.federated.engine import Row
+from sparsity.federated.coordinator import Row
 from sparsity.federated.simulation import Outcome
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ import torch
 
 from sparsity.errors import InputError
 from sparsity.federated import crew, state
+from sparsity.federated.coordinator import Coordinator, Protocol, Row, check
 from sparsity.federated.crew import Crew
-from sparsity.federated.engine import Engine, Protocol, Row, check
+from sparsity.federated.engine import Engine
 from sparsity.federated.federation import Federation
 from sparsity.federated.partition import Parts
 from sparsity.federated.site import Site, Source
@@ -99,45 +100,48 @@ def _rounds(
     source = Source(data, next(model.parameters()).device)
     site = Site(model, sparsifier, federation.rounds, seed)
     try:
-        engine = Engine(site, source, federation, protocol, seed, member)
+        server = Coordinator(site, source, federation, protocol, seed)
+        engine = Engine(server, member)
         if running.resume:
-            engine.state = state.load(running.resume / FILE, engine.about())
+            server.state = state.load(running.resume / FILE, server.about())
         if isinstance(sparsifier, Sensitivity):
             engine.scout()
         first = member.rank == 0
         if first and on_round:
-            for row in engine.state.rows:
+            for row in server.state.rows:
                 on_round(row)
-        while engine.state.round < federation.rounds:
+        while server.state.round < federation.rounds:
             row = engine.round()
-            last = engine.state.round == federation.rounds
-            if first and (last or engine.state.round % running.evaluate_every == 0):
-                _measure(engine, row)
+            last = server.state.round == federation.rounds
+            if first and (last or server.state.round % running.evaluate_every == 0):
+                measure(server, row)
             if first and running.folder:
-                engine.state.save(running.folder / FILE, engine.about())
+                server.state.save(running.folder / FILE, server.about())
             if first and on_round:
                 on_round(row)
-        return _outcome(engine, data) if first else Outcome(engine.state, {}, [], [])
+        return outcome(server, data) if first else Outcome(server.state, {}, [], [])
     finally:
         site.close()
 
 
-def _measure(engine: Engine, row: Row) -> None:
+def measure(server: Coordinator, row: Row) -> None:
+    """Adds what the global model is worth on the validation split to a round's row."""
     start = time.perf_counter()
-    found = engine.evaluate()
+    found = server.evaluate()
     row |= {"accuracy": next((value for name, value in found.items() if "acc" in name), None), "metrics": found}
     row["seconds_evaluating"] = round(time.perf_counter() - start, 3)
 
 
-def _outcome(engine: Engine, data: Any) -> Outcome:
-    metrics = dict(engine.state.rows[-1].get("metrics", {})) if engine.state.rows else {}
-    if _defines(data, "test_dataloader") and _defines(engine.site.model, "test_step"):
-        metrics |= engine.evaluate("test")
-    clients = engine.evaluate_clients()
-    engine.site.layout.write(engine.state.values)
-    if engine.method is not None:
-        engine.method.adopt(engine.site.layout.masks(engine.state.mask), engine.state.round - 1)
-    return Outcome(engine.state, metrics, clients, engine.parts)
+def outcome(server: Coordinator, data: Any) -> Outcome:
+    """The end of a federation: the model has the global weights, and the test split is read."""
+    metrics = dict(server.state.rows[-1].get("metrics", {})) if server.state.rows else {}
+    if _defines(data, "test_dataloader") and _defines(server.site.model, "test_step"):
+        metrics |= server.evaluate("test")
+    clients = server.evaluate_clients()
+    server.site.layout.write(server.state.values)
+    if server.method is not None:
+        server.method.adopt(server.site.layout.masks(server.state.mask), server.state.round - 1)
+    return Outcome(server.state, metrics, clients, server.parts)
 
 
 def _defines(thing: Any, name: str) -> bool:

@@ -20,8 +20,9 @@ class State:
     values: the model's state as a vector (`Layout`), float64 of [size], exactly as the model's dtypes hold it. mask:
     bool of [masked]. directions: int8 of [masked], of the last global step. moments: the server optimizer's, by name.
     controls: SCAFFOLD's, the server's under -1 and each client's under its number. version: the round that the mask
-    came with. known: the version that each client has; versions: the masks of those. scouting: what
-    came before the first round, if anything did. rows: what happened in each round.
+    came with. renewed: the step of the last renewal that the server has made. known: the version that each client has;
+    versions: the masks of those. scouting: what came before the first round, if anything did. rows: what happened in
+    each round.
     """
 
     def __init__(self, values: Tensor, mask: Tensor) -> None:
@@ -31,6 +32,7 @@ class State:
         self.moments: dict[str, Tensor] = {}
         self.controls: dict[int, Tensor] = {}
         self.version = 0
+        self.renewed = 0
         self.known: dict[int, int] = {}
         self.versions: dict[int, Tensor] = {}
         self.scouting: dict[str, Any] = {}

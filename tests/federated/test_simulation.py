@@ -44,6 +44,7 @@ from sparsity.federated import (
     Tolerance,
     simulate,
 )
+from sparsity.federated.coordinator import Coordinator
 from sparsity.federated.engine import Engine
 from sparsity.federated.federation import seed_of
 from sparsity.federated.site import Site, Source
@@ -154,16 +155,16 @@ def test_fedavg_is_the_average_of_clients_trained_alone() -> None:
     """One round against a plain loop: no engine, no payload, float64 averages."""
     net, data = model(norm=False), Points()
     site, source = Site(net, None, 1, 3), Source(data, torch.device("cpu"))
-    engine = Engine(site, source, Federation(5, 3, 1, IID()), Protocol(Local(2)), 3)
+    server = Coordinator(site, source, Federation(5, 3, 1, IID()), Protocol(Local(2)), 3)
     total: dict[str, Tensor] = {}
-    chosen = engine.federation.chosen(0, 3)
-    samples = sum(len(engine.trained[client]) for client in chosen)
+    chosen = server.chosen()
+    samples = sum(len(server.trained[client]) for client in chosen)
     for client in chosen:
         alone = model(norm=False)
         optimizer = torch.optim.SGD(alone.parameters(), 0.1)
         torch.manual_seed(seed_of(3, 0, client))
         order = torch.Generator().manual_seed(seed_of(3, 0, client))
-        part = engine.trained[client]
+        part = server.trained[client]
         for _ in range(2):
             for places in torch.split(part[torch.randperm(len(part), generator=order)], 4):
                 optimizer.zero_grad()
@@ -171,8 +172,8 @@ def test_fedavg_is_the_average_of_clients_trained_alone() -> None:
                 optimizer.step()
         for name, value in alone.state_dict().items():
             total[name] = total.get(name, torch.zeros(())) + value.double() * len(part) / samples
-    engine.round()
-    site.layout.write(engine.state.values)
+    Engine(server).round()
+    site.layout.write(server.state.values)
     for name, value in net.state_dict().items():
         torch.testing.assert_close(value.double(), total[name], atol=1e-7, rtol=0)
     site.close()
@@ -236,8 +237,8 @@ def test_clients_are_measured_on_what_they_held_out() -> None:
     outcome = run(None)
     assert len(outcome.clients) == 8
     assert all(0 <= each["val/acc"] <= 1 for each in outcome.clients)
-    engine = Engine(Site(model(), None, 6, 3), Source(Points(), torch.device("cpu")), federation(), Protocol(), 3)
-    for trained, held, part in zip(engine.trained, engine.held_out, engine.parts, strict=True):
+    server = Coordinator(Site(model(), None, 6, 3), Source(Points(), torch.device("cpu")), federation(), Protocol(), 3)
+    for trained, held, part in zip(server.trained, server.held_out, server.parts, strict=True):
         assert set(trained.tolist()) | set(held.tolist()) == set(part.tolist())
         assert len(trained) + len(held) == len(part)
         assert len(held) == round(0.2 * len(part))
