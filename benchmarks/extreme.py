@@ -12,13 +12,14 @@ training, and nothing is chosen by it. Results are kept as they come; a call tha
 import argparse
 import json
 import logging
+import math
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -40,14 +41,14 @@ RESULTS = Path(__file__).parent / "results"
 SPARSITIES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
 
 
-class Setting:
-    """A network, its data and its protocol; `penalty` is the strength and growth of HyperSparse's."""
+class Setting(NamedTuple):
+    """A network, its data, its protocol, and what methods were given by its validation images."""
 
-    def __init__(
-        self, network: Callable[[], nn.Module], images: Callable[[str | None], Images], epochs: int, rate: float,
-        penalty: tuple[float, float],
-    ) -> None:  # fmt: skip
-        self.network, self.images, self.epochs, self.rate, self.penalty = network, images, epochs, rate, penalty
+    network: Callable[[], nn.Module]
+    images: Callable[[str | None], Images]
+    epochs: int
+    penalty: tuple[float, float]  # strength and growth of HyperSparse's
+    prunings: tuple[int, int]  # of iterative magnitude pruning, and of SWAMP
 
 
 def mnist(folder: str | None) -> Images:
@@ -63,10 +64,18 @@ def strided() -> nn.Module:
 
 
 SETTINGS = {
-    "lenet300": Setting(models.LeNet300100, mnist, 21, 0.1, (1e-4, 2.0)),
-    "strided": Setting(strided, cifar10, 12, 0.1, (1e-4, 2.0)),
+    "lenet300": Setting(models.LeNet300100, mnist, 21, (1e-4, 2.0), (4, 4)),
+    "strided": Setting(strided, cifar10, 13, (1e-4, 2.0), (3, 2)),
 }
+RATE = 0.1
 PHASES = Phases(0.1, 0.6)
+
+
+def each_round(sparsity: float, prunings: int) -> float:
+    """What each pruning takes of what remains, so that as many reach the sparsity."""
+    return 1 - math.exp(math.log(1 - sparsity) / prunings)
+
+
 METHODS: dict[str, Callable[[float, Setting], Sparsify]] = {
     "random, ERK": lambda sparsity, _: StaticMask(sparsity),
     "SynFlow": lambda sparsity, _: OneShot(sparsity, score=SynFlow(), calibration=Calibration(1)),
@@ -74,8 +83,12 @@ METHODS: dict[str, Callable[[float, Setting], Sparsify]] = {
     "GMP, global": lambda sparsity, _: GMP(sparsity, Cubic(0.1, 0.7), Global(1e-6)),
     "LAMP, iterative": lambda sparsity, _: LAMP(sparsity, Iterative(0.2, 0.1, 0.7)),
     "RigL": lambda sparsity, _: RigL(sparsity, CosineDrop(0.3, 0.02)),
-    "IMP, rewinding": lambda sparsity, _: IterativeMagnitude(sparsity, 0.6, "1ep"),
-    "SWAMP": lambda sparsity, _: SWAMP(sparsity, 0.8, "1ep", Particles(2, 0.25)),
+    "IMP, rewinding": lambda sparsity, setting: IterativeMagnitude(
+        sparsity, each_round(sparsity, setting.prunings[0]), "1ep"
+    ),
+    "SWAMP": lambda sparsity, setting: SWAMP(
+        sparsity, each_round(sparsity, setting.prunings[1]), "1ep", Particles(2, 0.25)
+    ),
     "HyperSparse": lambda sparsity, setting: HyperSparse(sparsity, HyperSparsity(*setting.penalty), PHASES),
     "L1 in its place": lambda sparsity, setting: HyperSparse(sparsity, Lasso(*setting.penalty), PHASES),
 }  # fmt: skip
@@ -86,7 +99,7 @@ class Trained(pl.LightningModule):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
-        self.net, self.rate = setting.network(), setting.rate
+        self.net = setting.network()
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.net(images)
@@ -106,7 +119,7 @@ class Trained(pl.LightningModule):
         self.log(name, right, on_epoch=True, batch_size=len(batch[1]))
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(self.parameters(), lr=RATE, momentum=0.9, nesterov=True, weight_decay=1e-4)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": falling, "interval": "step"}}
 
@@ -241,8 +254,8 @@ def save(path: Path, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     order = ["dense", *METHODS]
     rows.sort(key=lambda row: (order.index(row["method"]), row["sparsity"], row["seed"]))
     setting = SETTINGS[name]
-    about = {"setting": name, "epochs": setting.epochs, "rate": setting.rate, "penalty": setting.penalty,
-             "torch": torch.__version__}  # fmt: skip
+    about = {"setting": name, "epochs": setting.epochs, "rate": RATE, "penalty": setting.penalty,
+             "prunings": setting.prunings, "torch": torch.__version__}  # fmt: skip
     result = {**about, "summary": summary(rows), "runs": rows}
     path.write_text(json.dumps(result, indent=1) + "\n")
     return result
