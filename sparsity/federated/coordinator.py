@@ -1,5 +1,6 @@
 """The coordinator: the server's side of a federation, whatever engine carries what it sends."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from sparsity.dynamic import Dynamic
 from sparsity.errors import InputError
 from sparsity.federated.client import Local, Task
 from sparsity.federated.federation import Federation, fingerprint, seed_of
-from sparsity.federated.partition import Parts, labels_of
+from sparsity.federated.partition import labels_of
 from sparsity.federated.payload import PRECISIONS
 from sparsity.federated.server import FedAvg, Sums, Update, server_step
 from sparsity.federated.site import Site, Source
@@ -57,7 +58,8 @@ class Coordinator:
         self.method = site.sparsifier  # as it was asked for
         self.wire = Wire(site.layout, protocol.precision)
         labels = labels_of(source.dataset) if federation.partition.needs_labels else torch.zeros(len(source))
-        self.parts: Parts = federation.partition(labels, federation.clients, seed)
+        parts = federation.partition(labels, federation.clients, seed)
+        self.own, self.parts = federation.reserve(parts, protocol.server.share, seed)
         self.trained, self.held_out = federation.divide(self.parts, seed)
         self.samples = sum(map(len, self.trained))
         moves = site.sparsifier is not None and not isinstance(site.sparsifier, Sensitivity)
@@ -149,7 +151,7 @@ class Coordinator:
         if sums.clients < self.protocol.tolerance.quorum:
             sums, updates = self.sums(), {}
         before, server, layout = self.state, self.protocol.server, self.site.layout
-        after = server_step(before, sums, server, layout, self.samples, list(updates.values()))
+        after = server_step(before, sums, server, layout, self.samples, list(updates.values()), self._slopes)
         if isinstance(self.site.sparsifier, Congruent) and self.site.sparsifier.congruity.remembers:
             after.directions = torch.where(after.directions != 0, after.directions, before.directions)
         if server.controls:
@@ -170,6 +172,20 @@ class Coordinator:
         """The same on what each client has held out."""
         self.site.layout.write(self.state.values)
         return [self.site.evaluate(self.source.batches(held), "validation") for held in self.held_out if len(held)]
+
+    def _slopes(self, where: Callable[[], Tensor]) -> Iterator[Tensor]:
+        """The slope of the loss at the values that `where` gives, for each batch of the server's own samples."""
+        layout, model = self.site.layout, self.site.model
+        torch.manual_seed(self.seed_of(self.federation.clients))  # that of nobody
+        for number, batch in enumerate(self.source.batches(self.own)):
+            layout.write(where())
+            model.zero_grad()
+            loss = self.site.loss(batch, number)
+            if loss is not None:
+                loss.backward()  # type: ignore[no-untyped-call]  # torch's
+                slopes = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in layout.tensors.items()}
+                yield layout.join(slopes)
+        model.zero_grad()
 
     def _controls(self, sums: Sums, updates: dict[int, Update]) -> dict[int, Tensor]:
         found = dict(self.state.controls)

@@ -38,6 +38,19 @@ class Federation:
         rng = np.random.default_rng([seed, number])
         return sorted(rng.choice(self.clients, self.per_round, replace=False).tolist())
 
+    def reserve(self, parts: Parts, share: float, seed: int) -> tuple[Tensor, Parts]:
+        """The samples that a server takes for itself, at random, and what is left to each client.
+
+        Raises `InputError` where that leaves a client without any.
+        """
+        everything = torch.cat(parts).sort().values
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(everything)))
+        own = everything[order[: max(1, round(share * len(everything))) if share else 0]].sort().values
+        rest = [part[~torch.isin(part, own)] for part in parts]
+        if not all(map(len, rest)):
+            raise InputError(f"the server takes {len(own)} samples and leaves a client none: lower its share")
+        return own, rest
+
     def divide(self, parts: Parts, seed: int) -> tuple[Parts, Parts]:
         """What each client trains on, and what it holds out, at random."""
         train, held = [], []

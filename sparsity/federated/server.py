@@ -1,5 +1,7 @@
 """The server: what it makes of its clients' updates."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,13 @@ from sparsity.federated.exact import Exact
 from sparsity.federated.layout import Layout
 from sparsity.federated.state import State
 from sparsity.ops import largest
+
+Slopes = Callable[[Callable[[], Tensor]], Iterator[Tensor]]
+
+
+def no_samples(where: Callable[[], Tensor]) -> Iterator[Tensor]:
+    """Of a server without samples of its own."""
+    return iter(())
 
 
 class Update:
@@ -71,6 +80,7 @@ class FedAvg:
 
     controls = False  # whether clients correct their drift by control variates
     gathers = False  # whether all updates are needed at once, beside their sums
+    share = 0.0  # the part of the training samples that the server keeps for itself
 
     def __init__(self, rate: float = 1.0, residual: bool = False) -> None:
         if rate <= 0:
@@ -86,8 +96,8 @@ class FedAvg:
         holders = torch.cat([sums.holders, unmasked]) + absent * mask
         return torch.where(holders > 0, total / holders.clamp_min(1), 0.0), holders > 0
 
-    def robust(self, updates: list[Update], layout: Layout) -> tuple[Tensor, Tensor]:
-        """As `mean`, of all updates at once, where the method `gathers` them."""
+    def gathered(self, updates: list[Update], layout: Layout, own: Slopes) -> tuple[Tensor, Tensor]:
+        """As `mean`, of all updates at once, where the method `gathers` them; `own`: what its samples say."""
         raise NotImplementedError(f"{type(self).__name__} needs sums only")
 
     def step(self, before: Tensor, mean: Tensor, held: Tensor, moments: dict[str, Tensor]) -> Tensor:
@@ -165,7 +175,7 @@ class FedMedian(FedAvg):
     def __init__(self, rate: float = 1.0) -> None:
         super().__init__(rate)
 
-    def robust(self, updates: list[Update], layout: Layout) -> tuple[Tensor, Tensor]:
+    def gathered(self, updates: list[Update], layout: Layout, own: Slopes) -> tuple[Tensor, Tensor]:
         values, kept = _stacked(updates, layout)
         ordered = values.masked_fill(~kept, torch.inf).sort(0).values
         count = kept.sum(0)
@@ -192,7 +202,7 @@ class FedTrimmedMean(FedAvg):
             raise InputError(f"trimmed is a part at each end and must lie in [0, 0.5), got {trimmed}")
         self.trimmed = trimmed
 
-    def robust(self, updates: list[Update], layout: Layout) -> tuple[Tensor, Tensor]:
+    def gathered(self, updates: list[Update], layout: Layout, own: Slopes) -> tuple[Tensor, Tensor]:
         values, kept = _stacked(updates, layout)
         order = values.masked_fill(~kept, torch.inf).argsort(0).argsort(0)
         count = kept.sum(0)
@@ -202,20 +212,63 @@ class FedTrimmedMean(FedAvg):
         return total / taken.sum(0).clamp_min(1), count > 0
 
 
+class FedLAW(FedAvg):
+    """Learnable aggregation weights: Li et al., "Revisiting weighted aggregation" (ICML 2023, arXiv 2302.10911).
+
+    The global model is gamma times the mean of the clients' models, weighted by a softmax; both are trained by Adam on
+    samples that the server keeps for itself, from the clients' numbers of samples and a gamma of 1. A gamma below 1
+    shrinks the weights. Buffers are averaged without it. Needs all updates of a round at once.
+
+    Args:
+        share: the part of the training samples that is the server's, in (0, 1); no client has them.
+        epochs: over these in each round.
+        learning: Adam's rate.
+    """
+
+    gathers = True
+
+    def __init__(self, share: float = 0.02, epochs: int = 20, learning: float = 0.01) -> None:
+        super().__init__()
+        if not 0 < share < 1 or epochs < 1 or learning <= 0:
+            raise InputError(f"expected {share=} in (0, 1), {epochs=} of at least 1 and {learning=} above 0")
+        self.share, self.epochs, self.learning = share, epochs, learning
+
+    def gathered(self, updates: list[Update], layout: Layout, own: Slopes) -> tuple[Tensor, Tensor]:
+        values, kept = _stacked(updates, layout)
+        sizes = torch.tensor([float(update.samples) for update in updates], dtype=torch.float64)
+        logits, log_gamma = sizes.log().requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+        adam = torch.optim.Adam([logits, log_gamma], self.learning, betas=(0.5, 0.999))
+        for _ in range(self.epochs):
+            for slope in own(lambda: _weighted(values, logits, log_gamma, layout).detach()):
+                adam.zero_grad()
+                with torch.enable_grad():
+                    # The slope of the loss along the mean is all that its two parameters need of the model.
+                    (_weighted(values, logits, log_gamma, layout) @ slope).backward()  # type: ignore[no-untyped-call]
+                adam.step()
+        return _weighted(values, logits, log_gamma, layout).detach(), kept.any(0)
+
+
+def _weighted(values: Tensor, logits: Tensor, log_gamma: Tensor, layout: Layout) -> Tensor:
+    mean = logits.softmax(0) @ values
+    return torch.where(layout.learned, log_gamma.exp() * mean, mean)
+
+
 def server_step(
-    state: State, sums: Sums, server: FedAvg, layout: Layout, samples: int, updates: list[Update] | None = None
-) -> State:
+    state: State, sums: Sums, server: FedAvg, layout: Layout, samples: int, updates: list[Update] | None = None,
+    own: Slopes = no_samples,
+) -> State:  # fmt: skip
     """The state after a round: the clients' average, pruned to the counts that each layer had.
 
-    `samples` are those of all clients; `updates` all of the round's where the server `gathers` them. The weights that
-    stay are the largest of all that some client keeps. Without any update the state stays as it is.
+    `samples` are those of all clients; `updates` all of the round's where the server `gathers` them, and `own` the
+    slopes of the loss over its own samples, at the values that it asks for before each batch. The weights that stay are
+    the largest of all that some client keeps. Without any update the state stays as it is.
     """
     after = State(state.values, state.mask)
     vars(after).update({**vars(state), "round": state.round + 1, "moments": dict(state.moments)})
     if sums.clients == 0:
         return after
     if server.gathers:
-        mean, held = server.robust(updates or [], layout)
+        mean, held = server.gathered(updates or [], layout, own)
     else:
         mean, held = server.mean(state, sums, layout, samples)
     # A variance or a counter is no direction to go on in: buffers are averaged, whatever the server's optimizer.

@@ -1,6 +1,7 @@
 """The server's step, against sums written out by hand and in plain loops."""
 
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sparsity.federated.server import (
     FedAdam,
     FedAvg,
     FedAvgM,
+    FedLAW,
     FedMedian,
     FedTrimmedMean,
     Sums,
@@ -126,6 +128,22 @@ def test_one_client_cannot_move_a_median(server: FedAvg, expected: list[float]) 
         Update(vector(2, 0, 0, 0, 3), bools(1, 0, 0, 0), 1),
     ]
     assert step(server, state, updates).values.tolist() == expected
+
+
+def test_learned_weights_go_where_the_servers_samples_are() -> None:
+    """A loss of squares around a target: of two clients, one is half way there and the other is far off."""
+    target = vector(2, 4, 6, 8, 10)
+    updates = [Update(target / 2, bools(1, 1, 1, 1), 10), Update(-target, bools(1, 1, 1, 1), 30)]
+
+    def slopes(where: Callable[[], Tensor]) -> Iterator[Tensor]:
+        for _ in range(5):
+            yield 2 * (where() - target)
+
+    found, held = FedLAW(0.1, 200, 0.05).gathered(updates, layout(), slopes)
+    torch.testing.assert_close(found, target, rtol=0.02, atol=0)
+    assert held.all()
+    untouched, _ = FedLAW(0.1, 1).gathered(updates, layout(), lambda where: iter(()))
+    torch.testing.assert_close(untouched, 0.25 * target / 2 - 0.75 * target)
 
 
 def test_a_layout_has_tied_weights_once_and_buffers() -> None:

@@ -33,6 +33,7 @@ from sparsity.federated import (
     FedAvg,
     FedAvgM,
     Federation,
+    FedLAW,
     FedMedian,
     FedTrimmedMean,
     Local,
@@ -69,6 +70,7 @@ METHODS: dict[str, Any] = {
 SERVERS: dict[str, Any] = {
     "FedAvg": FedAvg, "residual": lambda: FedAvg(residual=True), "FedAvgM": FedAvgM, "FedAdam": lambda: FedAdam(0.05),
     "SCAFFOLD": SCAFFOLD, "median": FedMedian, "trimmed mean": lambda: FedTrimmedMean(0.2),
+    "FedLAW": lambda: FedLAW(0.1, 3),
 }  # fmt: skip
 
 
@@ -304,6 +306,8 @@ class Two(Model):
     (lambda: Tolerance(clip=0), "clip=0 above 0"),
     (lambda: Running(0), "workers=0 and evaluate_every=1 of at least 1"),
     (lambda: Running(resume="nowhere"), "there is no federation.ckpt in 'nowhere'"),
+    (lambda: FedLAW(0), r"share=0 in \(0, 1\)"),
+    (lambda: simulate(model(), Points(), None, Federation(200), Protocol(server=FedLAW(0.9))), "leaves a client none"),
     (lambda: run(None, precision="float8"), "precision must be one of"),
 ])  # fmt: skip
 def test_bad_input(make: Any, message: str) -> None:
