@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -24,7 +24,7 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 import callbacks
 from callbacks import Sparsify, SparsityReport
 from sparsity import InputError, checkpoints, data, masks, models
-from sparsity.federated import Federation, Protocol, Running, partition, simulate, simulation
+from sparsity.federated import Federation, Protocol, Running, partition, simulation
 from sparsity.federated import report as federated
 
 # Imported, a module makes its classes known to recipes by their short names.
@@ -114,6 +114,7 @@ class SparseTrainer(Trainer):
         workers: int = 1,
         evaluate_every: int = 1,
         resume: str | None = None,
+        engine: Literal["embedded", "flower"] = "embedded",
     ) -> None:
         """Trains over the clients of a federation on this machine; saves its state each round, and its end.
 
@@ -123,6 +124,7 @@ class SparseTrainer(Trainer):
             workers: processes that share the clients of a round.
             evaluate_every: rounds from one validation to the next.
             resume: the folder of a run to go on from, or "last".
+            engine: "flower" runs the same federation over Flower's Ray engine, with the same result.
         """
         method = next((each for each in self.callbacks if isinstance(each, Sparsify)), None)  # type: ignore[attr-defined]  # set by a connector
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -133,6 +135,10 @@ class SparseTrainer(Trainer):
         running = Running(workers, evaluate_every, folder, resume)
         model.to(self.strategy.root_device)
         progress = Progress(self, federation.rounds)
+        if engine == "flower":
+            from sparsity.federated.flower import simulate
+        else:
+            from sparsity.federated.simulation import simulate
         outcome = simulate(model, datamodule, method, federation, protocol, running, seed=seed, on_round=progress)
         self.strategy.connect(model)
         self.save_checkpoint(folder / "federated.ckpt", weights_only=False)

@@ -20,6 +20,7 @@ class Engine:
 
     def __init__(self, server: Coordinator, crew: Crew | None = None) -> None:
         self.server, self.crew = server, crew or Crew()
+        self.first = self.crew.rank == 0
 
     def scout(self) -> None:
         """Lets scouts find the densities of the layers, unless they have, and goes on with fixed masks of these."""

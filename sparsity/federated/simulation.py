@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from typing import Protocol as Protocol_
 
 import torch
 
@@ -87,41 +88,49 @@ def simulate(
         check(sparsifier)
 
     def body(member: Crew) -> Outcome:
-        return _rounds(member, model, data, sparsifier, federation, protocol, running, seed, on_round)
+        source = Source(data, next(model.parameters()).device)
+        site = Site(model, sparsifier, federation.rounds, seed)
+        try:
+            return drive(Engine(Coordinator(site, source, federation, protocol, seed), member), running, on_round)
+        finally:
+            site.close()
 
     with torch.random.fork_rng(devices=[]):
         return crew.run(running.workers, body)
 
 
-def _rounds(
-    member: Crew, model: Any, data: Any, sparsifier: Sparsifier | None, federation: Federation, protocol: Protocol,
-    running: Running, seed: int, on_round: Callable[[Row], None] | None,
-) -> Outcome:  # fmt: skip
-    source = Source(data, next(model.parameters()).device)
-    site = Site(model, sparsifier, federation.rounds, seed)
-    try:
-        server = Coordinator(site, source, federation, protocol, seed)
-        engine = Engine(server, member)
-        if running.resume:
-            server.state = state.load(running.resume / FILE, server.about())
-        if isinstance(sparsifier, Sensitivity):
-            engine.scout()
-        first = member.rank == 0
-        if first and on_round:
-            for row in server.state.rows:
-                on_round(row)
-        while server.state.round < federation.rounds:
-            row = engine.round()
-            last = server.state.round == federation.rounds
-            if first and (last or server.state.round % running.evaluate_every == 0):
-                measure(server, row)
-            if first and running.folder:
-                server.state.save(running.folder / FILE, server.about())
-            if first and on_round:
-                on_round(row)
-        return outcome(server, data) if first else Outcome(server.state, {}, [], [])
-    finally:
-        site.close()
+class Rounds(Protocol_):
+    """What carries a federation: its server, whether this process speaks for it, and a round."""
+
+    server: Coordinator
+    first: bool
+
+    def scout(self) -> None: ...
+
+    def round(self) -> Row: ...
+
+
+def drive(engine: Rounds, running: Running, on_round: Callable[[Row], None] | None = None) -> Outcome:
+    """All rounds that are left of a federation, and what it ends with; the first process validates and saves."""
+    server, rounds = engine.server, engine.server.federation.rounds
+    if running.resume:
+        server.state = state.load(running.resume / FILE, server.about())
+    if isinstance(server.method, Sensitivity):
+        engine.scout()
+    if engine.first and on_round:
+        for row in server.state.rows:
+            on_round(row)
+    while server.number < rounds:
+        row = engine.round()
+        if not engine.first:
+            continue
+        if server.number == rounds or server.number % running.evaluate_every == 0:
+            measure(server, row)
+        if running.folder:
+            server.state.save(running.folder / FILE, server.about())
+        if on_round:
+            on_round(row)
+    return outcome(server) if engine.first else Outcome(server.state, {}, [], [])
 
 
 def measure(server: Coordinator, row: Row) -> None:
@@ -132,10 +141,10 @@ def measure(server: Coordinator, row: Row) -> None:
     row["seconds_evaluating"] = round(time.perf_counter() - start, 3)
 
 
-def outcome(server: Coordinator, data: Any) -> Outcome:
+def outcome(server: Coordinator) -> Outcome:
     """The end of a federation: the model has the global weights, and the test split is read."""
     metrics = dict(server.state.rows[-1].get("metrics", {})) if server.state.rows else {}
-    if _defines(data, "test_dataloader") and _defines(server.site.model, "test_step"):
+    if _defines(server.source.data, "test_dataloader") and _defines(server.site.model, "test_step"):
         metrics |= server.evaluate("test")
     clients = server.evaluate_clients()
     server.site.layout.write(server.state.values)
