@@ -7,10 +7,10 @@ the clients of a simulated federation. Every key of a recipe can be overridden, 
 
 import difflib
 import inspect
+import math
 import os
 import re
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
@@ -126,6 +126,7 @@ class SparseTrainer(Trainer):
             resume: the folder of a run to go on from, or "last".
             engine: "flower" runs the same federation over Flower's Ray engine, with the same result.
         """
+        self._refuse_what_clients_do_not_have()
         method = next((each for each in self.callbacks if isinstance(each, Sparsify)), None)  # type: ignore[attr-defined]  # set by a connector
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         federation = federation or Federation()
@@ -144,15 +145,36 @@ class SparseTrainer(Trainer):
         self.save_checkpoint(folder / "federated.ckpt", weights_only=False)
         print(f"global model: {folder / 'federated.ckpt'}")
         report = next(each for each in self.callbacks if isinstance(each, SparsityReport))  # type: ignore[attr-defined]  # set by a connector
-        report.metrics = dict(outcome.metrics)
+        report.metrics = {name: finite(value) for name, value in outcome.metrics.items()}
         if find_spec("matplotlib"):
             name = type(method).__name__ if method else "dense"
             federated.figure({name: outcome.rows}).savefig(folder / "accuracy.png", dpi=110)
-            labels = partition.labels_of(datamodule.train_dataloader().dataset)
-            partition.figure(outcome.parts, labels).savefig(folder / "holdings.png", dpi=110)
+            if federation.partition.needs_labels:
+                labels = partition.labels_of(datamodule.train_dataloader().dataset)
+                partition.figure(outcome.parts, labels).savefig(folder / "holdings.png", dpi=110)
         batch = next(iter(datamodule.train_dataloader()))
         batch = datamodule.on_after_batch_transfer(datamodule.on_before_batch_transfer(batch, 0), 0)
-        report.finish(self, model, batch, folder, federated.describe(outcome))
+        report.finish(self, model, batch, folder, finite(federated.describe(outcome)))
+        for logger in self.loggers:
+            logger.finalize("success")
+
+    def _refuse_what_clients_do_not_have(self) -> None:
+        if self.precision != "32-true" or self.accumulate_grad_batches != 1:
+            raise InputError(
+                f"clients train in the model's own precision and step at each batch: leave out trainer.precision="
+                f"{self.precision} and trainer.accumulate_grad_batches={self.accumulate_grad_batches}"
+            )
+        if self.gradient_clip_val is not None:
+            raise InputError("clients clip by protocol.local.clip: set that, not trainer.gradient_clip_val")
+
+
+def finite(thing: Any) -> Any:
+    """The same with None for numbers that JSON has no way to write."""
+    if isinstance(thing, dict):
+        return {name: finite(each) for name, each in thing.items()}
+    if isinstance(thing, list):
+        return [finite(each) for each in thing]
+    return None if isinstance(thing, float) and not math.isfinite(thing) else thing
 
 
 class Progress:
@@ -160,11 +182,11 @@ class Progress:
 
     def __init__(self, trainer: Trainer, rounds: int) -> None:
         self.trainer, self.rounds = trainer, rounds
-        self.start, self.before, self.done = time.monotonic(), -1, 0
+        self.seconds = 0.0
 
     def __call__(self, row: dict[str, Any]) -> None:
-        self.done += 1
-        left = (time.monotonic() - self.start) / self.done * (self.rounds - row["round"] - 1)
+        self.seconds += row["seconds"] + row.get("seconds_evaluating", 0.0)
+        left = self.seconds / (row["round"] + 1) * (self.rounds - row["round"] - 1)
         print(federated.line(row, self.rounds, left), flush=True)
         names = ("bytes_up", "bytes_down", "clients", "failures", "density")
         numbers = {f"federated/{name}": row[name] for name in names}

@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sparsity.distributions import ERK, Distribution
 from sparsity.dynamic import Dynamic, Regrowth
@@ -11,7 +12,7 @@ from sparsity.errors import InputError
 from sparsity.masks import Masks
 from sparsity.ops import largest
 from sparsity.redistribution import Elsewhere
-from sparsity.schedules import ConstantDrop, CosineDrop
+from sparsity.schedules import ConstantDrop, CosineDrop, Horizon
 from sparsity.scores import Gradient
 from sparsity.targets import Targets
 
@@ -85,13 +86,23 @@ class Congruent(Dynamic):
         self.congruity = congruity or Congruity()
         self.directions: Directions = {}
         self._begun: dict[str, Tensor] = {}  # the weights as they came
+        self._received = False  # whether they may still come
 
-    def receive(self, found: Masks, renewed: int, directions: Directions | None = None) -> None:
-        """A server's masks, as those of the renewal at a step, and directions; none are FedDST's rule."""
+    def attach(self, model: nn.Module, *optimizers: Optimizer, horizon: Horizon | None = None, seed: int = 0) -> None:
+        """As of any method; directions that came before it go with the weights that the model has now."""
+        super().attach(model, *optimizers, horizon=horizon, seed=seed)
+        if self._received:
+            self._begun, self._received = self._now(), False
+
+    def receive(self, found: Masks, renewed: int = 0, directions: Directions | None = None) -> None:
+        """A server's masks, as those of the renewal at a step, and directions; none are FedDST's rule.
+
+        In a trainer of one's own the step is 0: its steps begin anew in each fit. The weights come before, or, where
+        the method has not been attached yet, until it is.
+        """
         self.adopt(found, renewed)
-        self.directions = dict(directions or {})
-        weights = self.weights() if self.directions else {}
-        self._begun = {name: weight.detach().clone() for name, weight in weights.items()}
+        self.directions, self._received = dict(directions or {}), True
+        self._begun = self._now()
 
     def stays(self, name: str, scores: Tensor, count: int) -> Tensor:
         """Keeps what would be dropped, for as many as are dropped for a conflict instead."""
@@ -121,6 +132,10 @@ class Congruent(Dynamic):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.directions, self._begun = dict(state.get("directions", {})), dict(state.get("begun", {}))
+
+    def _now(self) -> dict[str, Tensor]:
+        weights = self.weights() if self.directions else {}
+        return {name: weight.detach().clone() for name, weight in weights.items()}
 
     def _direction(self, name: str, like: Tensor) -> Tensor:
         found = self.directions.get(name)

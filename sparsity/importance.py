@@ -23,7 +23,8 @@ class Importance(Dynamic):
     squared gradients since the last update come to most, over the time that a weight of its layer takes: as many as
     were freed, wherever they are. The authors also let the number of weights follow the gain per time; here it stays.
 
-    Gradients are squared at every step, of pruned weights too: another float32 for each weight.
+    Gradients are squared at every step, of pruned weights too: another float32 for each weight. Frozen layers keep
+    their masks.
 
     Args:
         sparsity: fraction of zeros over all targets, in (0, 1).
@@ -62,7 +63,8 @@ class Importance(Dynamic):
         """Adds the squares of the present gradients."""
         self.steps += 1
         for name, weight in self.weights().items():
-            square = torch.zeros_like(weight) if weight.grad is None else weight.grad.square()
+            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            square = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
             self.squares[name] = self.squares[name].add_(square) if name in self.squares else square
 
     def mean_squares(self) -> dict[str, Tensor]:
@@ -86,14 +88,18 @@ class Importance(Dynamic):
         self.squares, self.steps = dict(state.get("squares", {})), state.get("steps", 0)
 
     def _moved(self, before: Masks, fraction: float, step: int) -> Masks:
-        kept = {name: int(mask.count_nonzero()) for name, mask in before.items()}
+        learning = [name for name, weight in self.weights().items() if weight.requires_grad]
+        kept = {name: int(before[name].count_nonzero()) for name in learning}
         lowest = self._scores(self.regrowth.drop, before, f"{step}/drop")
         stays = {name: largest(lowest[name], count - int(fraction * count)) for name, count in kept.items()}
         freed = sum(kept.values()) - sum(int(mask.count_nonzero()) for mask in stays.values())
         gains = {name: self._gain(name, mask).masked_fill(mask, -torch.inf) for name, mask in stays.items()}
         chosen = largest(torch.cat([gain.flatten() for gain in gains.values()]), freed)
         parts = torch.split(chosen, [mask.numel() for mask in stays.values()])
-        return {n: mask | part.view(mask.shape) for (n, mask), part in zip(stays.items(), parts, strict=True)}
+        found = dict(before)
+        for (name, mask), part in zip(stays.items(), parts, strict=True):
+            found[name] = mask | part.view(mask.shape)
+        return found
 
     def _gain(self, name: str, like: Tensor) -> Tensor:
         squares = self.squares.get(name)

@@ -108,7 +108,7 @@ class Sparsifier:
     def detach(self) -> None:
         """Forgets the model, its optimizers and the masks."""
         self.model, self._model, self._owners, self._upkeep = None, None, {}, Upkeep()
-        self.masks, self.renewed, self.history = {}, -1, History()
+        self.masks, self.renewed, self.history, self._loaded = {}, -1, History(), False
 
     def update(self, step: int, optimizer: Optimizer | None = None) -> None:
         """After backward and before the optimizer's step number `step`: renews the masks when due, masks the gradients.
@@ -210,9 +210,11 @@ class Sparsifier:
     def adopt(self, found: Masks, renewed: int) -> None:
         """Takes over masks that come from elsewhere, such as a server's, as those of the renewal at a step.
 
-        Nothing is written: the weights are expected to come with them.
+        Nothing is written: the weights are expected to come with them. The next `attach` keeps the masks, whatever its
+        model.
         """
-        self.masks, self.renewed, self.history = found, renewed, History()
+        self.masks, self.renewed, self.history = dict(found), renewed, History()
+        self._loaded = True
 
     def check_budget(self) -> None:
         """Raises `InputError` if the final sparsity cannot be met by the distribution and the pattern."""

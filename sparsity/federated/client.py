@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from sparsity.congruent import Congruent
+from sparsity.dynamic import Dynamic
 from sparsity.errors import InputError
+from sparsity.federated.chance import seed_all
 from sparsity.federated.server import Update
-from sparsity.federated.site import Site, Source
+from sparsity.federated.site import Site
+from sparsity.federated.source import Source
 from sparsity.importance import Importance
 
 
@@ -65,12 +68,12 @@ def client_update(
     Raises `Straggler` where it takes longer than `timeout` seconds.
     """
     end = time.perf_counter() + timeout if timeout is not None else float("inf")
-    torch.manual_seed(seed)
+    seed_all(seed)
     order = torch.Generator().manual_seed(seed)
     _receive(site, task)
     pulls = Pulls(site, task, local)
     steps, moved = 0, False
-    at_client = not isinstance(site.sparsifier, Importance)
+    at_client = isinstance(site.sparsifier, Dynamic) and not isinstance(site.sparsifier, Importance)
     for epoch in range(local.epochs):
         moves = at_client and task.moves and epoch == min(local.adjust_after, local.epochs - 1)
         for batch in source.batches(indices, order):
@@ -93,7 +96,7 @@ class Pulls:
         self.begun = self._of(site, names, task.values) if local.proximal else []
         self.drift: list[Tensor] = []
         if task.controls is not None:
-            self.drift = self._of(site, names, _within(task.controls[0] - task.controls[1], task.mask))
+            self.drift = self._of(site, names, within(task.controls[0] - task.controls[1], task.mask))
 
     @torch.no_grad()
     def add(self) -> None:
@@ -112,7 +115,7 @@ class Pulls:
 
 
 def _receive(site: Site, task: Task) -> None:
-    site.begin(task.number)
+    site.begin()
     site.layout.write(task.values)
     sparsifier = site.sparsifier
     if sparsifier is None:
@@ -161,10 +164,10 @@ def _new_control(site: Site, task: Task, steps: int) -> Tensor:
     lengths = [torch.full((each.numel(),), rates.get(id(each), 0.0)) for each in site.layout.tensors.values()]
     path = torch.cat(lengths).double() * steps
     walked = torch.where(path > 0, (task.values - site.layout.read()) / path.clamp_min(1e-30), 0.0)
-    return _within(walked - task.controls[0] + task.controls[1], site.mask)
+    return within(walked - task.controls[0] + task.controls[1], site.mask)
 
 
-def _within(vector: Tensor, mask: Tensor) -> Tensor:
+def within(vector: Tensor, mask: Tensor) -> Tensor:
     """The vector, zero where a weight is pruned."""
     found = vector.clone()
     found[: len(mask)][~mask] = 0.0

@@ -1,6 +1,6 @@
 """The coordinator: the server's side of a federation, whatever engine carries what it sends."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,12 +10,13 @@ from sparsity.congruent import Congruent
 from sparsity.constant import Kept
 from sparsity.dynamic import Dynamic
 from sparsity.errors import InputError
-from sparsity.federated.client import Local, Task
+from sparsity.federated.client import Local, Task, within
 from sparsity.federated.federation import Federation, fingerprint, seed_of
 from sparsity.federated.partition import labels_of
 from sparsity.federated.payload import PRECISIONS
 from sparsity.federated.server import FedAvg, Sums, Update, server_step
-from sparsity.federated.site import Site, Source
+from sparsity.federated.site import Site
+from sparsity.federated.source import Source
 from sparsity.federated.state import State
 from sparsity.federated.tolerance import Tolerance, refuse
 from sparsity.federated.wire import Messages, Wire
@@ -66,20 +67,24 @@ class Coordinator:
         self.plan = site.sparsifier.plan(Horizon(federation.rounds, 1)) if site.sparsifier and moves else {}
         self.state = State(site.layout.read(), site.mask)
         self._sent: dict[int, tuple[Messages, Task]] = {}
+        _check_congruity(site.sparsifier, protocol.local)
         if protocol.server.controls:
             _check_plain(site)
             self.state.controls = {-1: torch.zeros(site.layout.size, dtype=torch.float64)}
 
     def about(self) -> dict[str, Any]:
         """What a saved state has to have been made with."""
-        sparsifier, layout = self.method, self.site.layout
-        return {
+        sparsifier, layout, protocol = self.method, self.site.layout, self.protocol
+        return flat({
             "seed": self.seed, "clients": self.federation.clients, "per_round": self.federation.per_round,
-            "rounds": self.federation.rounds, "partition": fingerprint(self.trained),
+            "rounds": self.federation.rounds, "partition": fingerprint(self.trained), "precision": protocol.precision,
             "model": {name: list(each.shape) for name, each in layout.tensors.items()},
             "method": type(sparsifier).__name__, "sparsity": sparsifier.sparsity if sparsifier else 0.0,
-            "server": type(self.protocol.server).__name__, "precision": self.protocol.precision,
-        }  # fmt: skip
+            "plan": [[step, level] for step, level in self.plan.items()],
+            "optimizer": {"class": type(self.site.optimizer).__name__, **_numbers(self.site.optimizer.defaults)},
+            **{name: settings(getattr(protocol, name)) for name in ("local", "server", "tolerance")},
+            "congruity": settings(getattr(sparsifier, "congruity", None)),
+        })  # fmt: skip
 
     @property
     def number(self) -> int:
@@ -117,14 +122,14 @@ class Coordinator:
         messages, task = self._sent[version]
         if server is None or task.controls is None:
             return messages, task
-        own = self.state.controls.get(client, torch.zeros_like(server))
+        own = within(self.state.controls.get(client, torch.zeros_like(server)), task.mask)
         return messages, Task(task.values, task.mask, task.number, task.moves, task.directions, (task.controls[0], own))
 
-    def incoming(self, messages: Messages, task: Task) -> Update:
+    def incoming(self, client: int, messages: Messages, task: Task) -> Update:
         """A client's answer; raises `InputError` for what cannot be trusted."""
         update = self.wire.read(messages, task, self.more())
-        refuse(update, self.site.layout, self.more())
-        return self.protocol.tolerance.clipped(update, self.state.values)
+        refuse(update, self.site.layout, self.more(), len(self.trained[client]))
+        return self.protocol.tolerance.clipped(update, self.state.values, self.site.layout)
 
     def more(self) -> dict[str, int]:
         """The further vectors of this round's updates, and their sizes."""
@@ -137,9 +142,13 @@ class Coordinator:
         """Empty sums for this round's updates."""
         return Sums(self.site.layout, self.more())
 
-    def keeps(self, update: Update) -> bool:
-        """Whether an update is needed beside its sum."""
-        return self.protocol.server.gathers or "controls" in update.more
+    def kept(self, update: Update) -> Update | None:
+        """What is needed of an update beside its sum, None if nothing is."""
+        if self.protocol.server.gathers:
+            return update
+        if "controls" not in update.more:
+            return None
+        return Update(update.values[:0], update.mask[:0], update.samples, {"controls": update.more["controls"]})
 
     def close(self, sums: Sums, updates: dict[int, Update], notes: list[Row]) -> Row:
         """Ends the round: the state is the next one, and what happened is returned. All processes of a crew do it.
@@ -157,8 +166,10 @@ class Coordinator:
         if server.controls:
             after.controls = self._controls(sums, updates)
         self._renew(after, sums)
+        if server.controls:
+            after.controls[-1] = within(after.controls[-1], after.mask)
         after.know([note["client"] for note in notes], before)
-        row = _row(self.number, notes, after, sums, 4 * layout.size)
+        row = _row(self.number, notes, after, sums, layout.bytes)
         after.rows = [*before.rows, row]
         self.state, self._sent = after, {}
         return row
@@ -168,10 +179,11 @@ class Coordinator:
         self.site.layout.write(self.state.values)
         return self.site.evaluate(self.source.evaluation(stage), stage)
 
-    def evaluate_clients(self) -> list[dict[str, float]]:
-        """The same on what each client has held out."""
+    def evaluate_clients(self) -> dict[int, dict[str, float]]:
+        """The same on what each client has held out, by client."""
         self.site.layout.write(self.state.values)
-        return [self.site.evaluate(self.source.batches(held), "validation") for held in self.held_out if len(held)]
+        held = {client: part for client, part in enumerate(self.held_out) if len(part)}
+        return {c: self.site.evaluate(self.source.batches(part), "validation") for c, part in held.items()}
 
     def _slopes(self, where: Callable[[], Tensor]) -> Iterator[Tensor]:
         """The slope of the loss at the values that `where` gives, for each batch of the server's own samples."""
@@ -188,10 +200,11 @@ class Coordinator:
         model.zero_grad()
 
     def _controls(self, sums: Sums, updates: dict[int, Update]) -> dict[int, Tensor]:
-        found = dict(self.state.controls)
+        found, mask = dict(self.state.controls), self.state.mask
         found[-1] = found[-1] + sums.more["controls"].value() / self.federation.clients
         for client, update in updates.items():
-            found[client] = found.get(client, torch.zeros_like(found[-1])) + update.more["controls"]
+            before = within(found[client], mask) if client in found else torch.zeros(self.site.layout.size)
+            found[client] = (before + update.more["controls"]).float()  # as precise as what was sent
         return found
 
     def _renew(self, after: State, sums: Sums) -> None:
@@ -215,7 +228,7 @@ class Coordinator:
 def _check_first(notes: list[Row]) -> None:
     """Raises `InputError` where every client has failed for one reason: the code, rather than a client, is wrong."""
     reasons = {note["failure"] for note in notes}
-    if len(reasons) == 1 and None not in reasons and not next(iter(reasons)).startswith("Dropped"):
+    if len(notes) > 1 and len(reasons) == 1 and None not in reasons and not next(iter(reasons)).startswith("Dropped"):
         raise InputError(f"all {len(notes)} clients of the first round failed: {reasons.pop()}")
 
 
@@ -230,6 +243,25 @@ def _row(number: int, notes: list[Row], after: State, sums: Sums, dense: int) ->
     }  # fmt: skip
 
 
+def settings(thing: object | None) -> dict[str, Any] | None:
+    """What a small object was made with: its class, and its numbers and texts."""
+    return None if thing is None else {"class": type(thing).__name__, **_numbers(vars(thing))}
+
+
+def flat(about: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Dictionaries in a dictionary as keys with dots."""
+    found: dict[str, Any] = {}
+    for name, value in about.items():
+        found |= flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {before + name: value}
+    return found
+
+
+def _numbers(of: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = bool | int | float | str | None
+    found = {name: list(value) if isinstance(value, tuple) else value for name, value in of.items()}
+    return {name: value for name, value in found.items() if isinstance(value, kinds | list)}
+
+
 def _check_plain(site: Site) -> None:
     """Raises `InputError` unless a client's path is the sum of its gradients times their rates."""
     optimizer = site.optimizer
@@ -238,6 +270,19 @@ def _check_plain(site: Site) -> None:
         raise InputError(
             "SCAFFOLD takes gradients from how far a client has walked, so its optimizer has to be SGD without "
             f"momentum, got {type(optimizer).__name__} with {optimizer.defaults}"
+        )
+
+
+def _check_congruity(sparsifier: Sparsifier | None, local: Local) -> None:
+    """Raises `InputError` where clients have no direction of their own yet when masks move."""
+    if (
+        isinstance(sparsifier, Congruent)
+        and sparsifier.congruity.prune
+        and min(local.adjust_after, local.epochs - 1) < 1
+    ):
+        raise InputError(
+            f"congruity compares the federation's direction with where a client has gone when masks move, after "
+            f"adjust_after={local.adjust_after} of epochs={local.epochs}: let it train an epoch before, and one after"
         )
 
 

@@ -35,14 +35,16 @@ class Engine:
     def round(self) -> Row:
         """One round: the state becomes the next one, and what happened is returned."""
         start, server = time.perf_counter(), self.server
+        server.site.reach(server.number)
         sums, notes, updates = server.sums(), list[Row](), list[tuple[int, Update]]()
         for client in share(server.chosen(), server.trained, self.crew.count)[self.crew.rank]:
             note, update = self._client(client)
             notes.append(note)
             if update is not None:
                 sums.add(update)
-                if server.keeps(update):
-                    updates.append((client, update))
+                kept = server.kept(update)
+                if kept is not None:
+                    updates.append((client, kept))
         self.crew.add(sums.tensors())
         notes = sorted(self.crew.gather(notes), key=lambda note: note["client"])
         row = server.close(sums, dict(sorted(self.crew.gather(updates), key=lambda each: each[0])), notes)
@@ -63,7 +65,7 @@ class Engine:
             )
             answer = server.wire.answer(update, task)
             note |= {"up": sum(map(len, answer)), "bound": server.wire.bound(update.mask, task.mask)}
-            return note, server.incoming(answer, task)
+            return note, server.incoming(client, answer, task)
         except Exception as error:  # whatever it is, the round goes on without this client, and says why
             note["failure"] = f"{type(error).__name__}: {error}"
             return note, None

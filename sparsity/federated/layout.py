@@ -14,12 +14,14 @@ class Layout:
     """Which tensors a model shares, and where each lies in a vector of all of them.
 
     `targets` are the names of the weights that have masks; the rest are all other parameters and the buffers that the
-    model's `state_dict` has. A parameter that has two names is shared once, under its first.
+    model's `state_dict` has. A parameter that has two names is shared once, under its first. Buffers that are not
+    finite to begin with, such as causal masks, stay where they are.
     """
 
     def __init__(self, model: nn.Module, targets: Iterable[str]) -> None:
         saved = model.state_dict(keep_vars=True).keys()
-        found = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in saved}
+        found: Tensors = dict(model.named_parameters())
+        found |= {n: b for n, b in model.named_buffers() if n in saved and bool(torch.isfinite(b).all())}
         if not found:
             raise InputError("the model has no parameters and no buffers: there is nothing to share")
         names = list(targets)
@@ -31,6 +33,11 @@ class Layout:
         self.size = sum(self.sizes)
         kinds = [torch.full((each.numel(),), isinstance(each, nn.Parameter)) for each in self.tensors.values()]
         self.learned = torch.cat(kinds)  # bool of [size]: parameters, not buffers
+
+    @property
+    def bytes(self) -> int:
+        """What all of it takes in the model's dtypes."""
+        return sum(each.numel() * each.element_size() for each in self.tensors.values())
 
     @torch.no_grad()
     def read(self) -> Tensor:

@@ -42,9 +42,10 @@ def encode(payload: Payload, masks: Masks, known: Masks | None = None, precision
     """The payload as bytes: the values of kept weights, and the masks as far as the receiver does not know them.
 
     Where `known`, the receiver's masks, are these masks, none are sent; otherwise each goes as a whole or as what has
-    changed, whichever is shorter. Directions take one bit for each weight that has one, and where those are not just
-    the kept weights, what is different. "float16" and "int8" round the values of weights, the latter to 255 steps up to
-    the largest magnitude of each tensor; the rest stays as it is. A safetensors file after a hash of it.
+    changed, whichever is shorter. Values go in the weights' own dtype, as float32 where that is wider. Directions take
+    one bit for each weight that has one, and where those are not just the kept weights, what is different. "float16"
+    and "int8" round the values of weights, the latter to 255 steps up to the largest magnitude of each tensor; the rest
+    stays as it is. A safetensors file after a hash of it.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -84,7 +85,7 @@ def decode(data: bytes, weights: Tensors, rest: Tensors, known: Masks | None = N
     for name, weight in weights.items():
         masks[name] = _mask(tensors, name, weight, known)
         kept = int(masks[name].count_nonzero())
-        values = _taken(tensors, f"values/{name}", (kept,), PRECISIONS[about["precision"]])
+        values = _taken(tensors, f"values/{name}", (kept,), _sent_as(weight.dtype, about["precision"]))
         whole = torch.zeros(weight.shape, dtype=weight.dtype)
         whole[masks[name]] = _finite(name, values.to(weight.dtype) * scales.get(name, 1.0))
         found[name] = whole
@@ -144,13 +145,20 @@ def _bytes(data: bytes) -> Tensor:
 
 
 def _raw(tensor: Tensor) -> bytes:
-    found: bytes = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        raise InputError(f"bytes of a mask were expected, got {tuple(tensor.shape)} of {tensor.dtype}")
+    found: bytes = tensor.contiguous().numpy().tobytes()
     return found
+
+
+def _sent_as(dtype: torch.dtype, precision: str) -> torch.dtype:
+    narrow = precision == "float32" and dtype.itemsize < 4
+    return dtype if narrow else PRECISIONS[precision]
 
 
 def _rounded(values: Tensor, precision: str) -> tuple[Tensor, float]:
     if precision == "float32":
-        return values.float(), 1.0
+        return values.to(_sent_as(values.dtype, precision)), 1.0
     if precision == "float16":
         most = torch.finfo(torch.float16).max
         return values.float().clamp(-most, most).half(), 1.0
@@ -166,8 +174,8 @@ def _read(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors = load(body)
         size = int.from_bytes(body[:8], "little")
-        about: dict[str, str] = json.loads(body[8 : 8 + size]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError) as error:
+        about: dict[str, str] = dict(json.loads(body[8 : 8 + size])["__metadata__"])
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"a payload is no safetensors file: {error}") from error
     missing = {"precision", "scales", "numbers", "known", "masks"} - about.keys()
     if about.get("format") != FORMAT or missing or about["precision"] not in PRECISIONS:
@@ -179,7 +187,7 @@ def _numbers(text: str) -> dict[str, float]:
     try:
         found = json.loads(text)
         numbers = {str(name): float(value) for name, value in found.items()}
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"a payload's numbers cannot be read: {error}") from error
     if not all(map(math.isfinite, numbers.values())):
         raise InputError(f"a payload's numbers are not finite: {numbers}")

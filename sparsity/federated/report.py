@@ -1,8 +1,9 @@
 """What a simulation has to show: its bytes, its failures, and accuracy against rounds and bytes."""
 
+import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsity.federated.coordinator import Row
@@ -28,11 +29,11 @@ def describe(outcome: Outcome) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def spread(clients: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+def spread(clients: Mapping[int, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Least, median, mean and largest of what the final model has on each client's held-out samples, by metric."""
     found = {}
-    for name in clients[0] if clients else ():
-        values = [each[name] for each in clients]
+    for name in next(iter(clients.values()), {}):
+        values = [each[name] for each in clients.values() if math.isfinite(each[name])] or [math.nan]
         found[name] = {
             "least": min(values), "median": statistics.median(values), "mean": statistics.fmean(values),
             "largest": max(values),

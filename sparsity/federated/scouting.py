@@ -10,10 +10,12 @@ from torch import Tensor
 from sparsity import masks
 from sparsity.distributions import PerLayer
 from sparsity.errors import InputError
+from sparsity.federated.chance import seed_all
 from sparsity.federated.crew import Crew
 from sparsity.federated.federation import seed_of
 from sparsity.federated.partition import Parts
-from sparsity.federated.site import Site, Source
+from sparsity.federated.site import Site
+from sparsity.federated.source import Source
 from sparsity.schedules import Constant, Horizon
 from sparsity.scores import Random
 from sparsity.sensitivity import Sensitivity
@@ -65,11 +67,11 @@ def _scouts(method: Sensitivity, clients: int, seed: int) -> list[int]:
 
 def _counts(site: Site, method: Sensitivity, source: Source, indices: Tensor, seed: int) -> Tensor:
     """How many weights each layer has after a scout's training, int64."""
-    torch.manual_seed(seed)
+    seed_all(seed)
     order = torch.Generator().manual_seed(seed)
     per_epoch = math.ceil(len(indices) / source.batch_size)
     site.restart()
-    site.begin(0)
+    site.begin()
     method.detach()
     method.attach(site.model, site.optimizer, horizon=Horizon(method.epochs * per_epoch, per_epoch), seed=seed)
     step = 0

@@ -239,17 +239,19 @@ class FedLAW(FedAvg):
         logits, log_gamma = sizes.log().requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
         adam = torch.optim.Adam([logits, log_gamma], self.learning, betas=(0.5, 0.999))
         for _ in range(self.epochs):
-            for slope in own(lambda: _weighted(values, logits, log_gamma, layout).detach()):
+            for slope in own(lambda: _weighted(values, kept, logits, log_gamma, layout).detach()):
                 adam.zero_grad()
                 with torch.enable_grad():
                     # The slope of the loss along the mean is all that its two parameters need of the model.
-                    (_weighted(values, logits, log_gamma, layout) @ slope).backward()  # type: ignore[no-untyped-call]
+                    (_weighted(values, kept, logits, log_gamma, layout) @ slope).backward()  # type: ignore[no-untyped-call]
                 adam.step()
-        return _weighted(values, logits, log_gamma, layout).detach(), kept.any(0)
+        return _weighted(values, kept, logits, log_gamma, layout).detach(), kept.any(0)
 
 
-def _weighted(values: Tensor, logits: Tensor, log_gamma: Tensor, layout: Layout) -> Tensor:
-    mean = logits.softmax(0) @ values
+def _weighted(values: Tensor, kept: Tensor, logits: Tensor, log_gamma: Tensor, layout: Layout) -> Tensor:
+    """Of each weight the mean over those that keep it."""
+    shares = logits.softmax(0)
+    mean = (shares @ values) / (shares @ kept.double()).clamp_min(1e-30)
     return torch.where(layout.learned, log_gamma.exp() * mean, mean)
 
 

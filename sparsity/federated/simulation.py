@@ -10,12 +10,14 @@ import torch
 
 from sparsity.errors import InputError
 from sparsity.federated import crew, state
+from sparsity.federated.chance import preserved
 from sparsity.federated.coordinator import Coordinator, Protocol, Row, check
 from sparsity.federated.crew import Crew
 from sparsity.federated.engine import Engine
 from sparsity.federated.federation import Federation
 from sparsity.federated.partition import Parts
-from sparsity.federated.site import Site, Source
+from sparsity.federated.site import Site
+from sparsity.federated.source import Source, defines
 from sparsity.federated.state import State
 from sparsity.sensitivity import Sensitivity
 from sparsity.sparsifier import Sparsifier
@@ -50,10 +52,12 @@ class Outcome:
     """What a simulation ended with.
 
     state: the federation's. metrics: of the final model on the validation split and, read once, the test split.
-    clients: those of what each client held out. parts: who had which samples.
+    clients: those of what each client held out, by client. parts: who had which samples.
     """
 
-    def __init__(self, state: State, metrics: dict[str, float], clients: list[dict[str, float]], parts: Parts) -> None:
+    def __init__(
+        self, state: State, metrics: dict[str, float], clients: dict[int, dict[str, float]], parts: Parts
+    ) -> None:
         self.state, self.metrics, self.clients, self.parts = state, metrics, clients, parts
 
     @property
@@ -87,16 +91,21 @@ def simulate(
     if sparsifier is not None:
         check(sparsifier)
 
+    # Before there are several processes: data are read once, and nothing is downloaded twice.
+    source = Source(data, _device(model))
+
     def body(member: Crew) -> Outcome:
-        source = Source(data, next(model.parameters()).device)
         site = Site(model, sparsifier, federation.rounds, seed)
         try:
             return drive(Engine(Coordinator(site, source, federation, protocol, seed), member), running, on_round)
         finally:
             site.close()
 
-    with torch.random.fork_rng(devices=[]):
-        return crew.run(running.workers, body)
+    try:
+        with preserved():
+            return crew.run(running.workers, body)
+    finally:
+        source.close()
 
 
 class Rounds(Protocol_):
@@ -124,13 +133,19 @@ def drive(engine: Rounds, running: Running, on_round: Callable[[Row], None] | No
         row = engine.round()
         if not engine.first:
             continue
-        if server.number == rounds or server.number % running.evaluate_every == 0:
+        _save(server, running)
+        due = server.number == rounds or server.number % running.evaluate_every == 0
+        if due and server.source.has("validation") and defines(server.site.model, "validation_step"):
             measure(server, row)
-        if running.folder:
-            server.state.save(running.folder / FILE, server.about())
+            _save(server, running)
         if on_round:
             on_round(row)
-    return outcome(server) if engine.first else Outcome(server.state, {}, [], [])
+    return outcome(server) if engine.first else Outcome(server.state, {}, {}, [])
+
+
+def _save(server: Coordinator, running: Running) -> None:
+    if running.folder:
+        server.state.save(running.folder / FILE, server.about())
 
 
 def measure(server: Coordinator, row: Row) -> None:
@@ -144,16 +159,15 @@ def measure(server: Coordinator, row: Row) -> None:
 def outcome(server: Coordinator) -> Outcome:
     """The end of a federation: the model has the global weights, and the test split is read."""
     metrics = dict(server.state.rows[-1].get("metrics", {})) if server.state.rows else {}
-    if _defines(server.source.data, "test_dataloader") and _defines(server.site.model, "test_step"):
+    if server.source.has("test") and defines(server.site.model, "test_step"):
         metrics |= server.evaluate("test")
-    clients = server.evaluate_clients()
+    clients = server.evaluate_clients() if defines(server.site.model, "validation_step") else {}
     server.site.layout.write(server.state.values)
     if server.method is not None:
-        server.method.adopt(server.site.layout.masks(server.state.mask), server.state.round - 1)
+        server.method.adopt(server.site.layout.masks(server.state.mask), server.number - 1)
     return Outcome(server.state, metrics, clients, server.parts)
 
 
-def _defines(thing: Any, name: str) -> bool:
-    """Whether a class of the user's own defines a hook, which Lightning's bases define to do nothing."""
-    ours = (each for each in type(thing).__mro__ if "lightning" not in each.__module__.split(".")[0])
-    return any(name in vars(each) for each in ours)
+def _device(model: Any) -> torch.device:
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsity.errors import InputError
 
 FORMAT = "sparsity-federated-1"
+VERSIONS = 8  # masks that are remembered for clients that have them
 
 
 class State:
@@ -38,13 +39,17 @@ class State:
         self.scouting: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
 
+    def _thinned(self, masks: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The masks that some client has, and of these the last few: others are sent a whole one again."""
+        return {version: masks[version] for version in sorted(set(self.known.values()))[-VERSIONS:]}
+
     def know(self, clients: Iterable[int], before: "State") -> None:
         """Notes that these clients have been sent the mask of the state before, and whether there is a new one."""
         self.known = before.known | dict.fromkeys(clients, before.version)
         if not torch.equal(self.mask, before.mask):
             self.version = self.round
-        masks = {**before.versions, before.version: before.mask}
-        self.versions = {version: masks[version] for version in set(self.known.values())}
+        self.versions = self._thinned({**before.versions, before.version: before.mask})
+        self.known = {client: version for client, version in self.known.items() if version in self.versions}
 
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
         """Writes it with what it belongs to, in one piece or not at all: tensors and primitives."""
@@ -65,11 +70,14 @@ def load(path: Path, about: Mapping[str, Any]) -> State:
         raise InputError(f"'{path}' cannot be read: {error}. Start anew, or restore the file") from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise InputError(f"'{path}' is no state of a federation: give the folder of one")
-    different = [key for key, value in about.items() if saved["about"].get(key) != value]
+    state = State(torch.zeros(0), torch.zeros(0))
+    if not {"about", *vars(state)} <= saved.keys():
+        raise InputError(f"'{path}' is of another version of this library: start anew")
+    keys = dict.fromkeys((*about, *(saved["about"] if about else ())))
+    different = [key for key in keys if saved["about"].get(key) != about.get(key)]
     if different:
         was, now = ({key: each.get(key) for key in different} for each in (saved["about"], about))
         raise InputError(f"'{path}' is of a federation with {was}, this one has {now}: resume with the same, or anew")
-    state = State(saved["values"], saved["mask"])
     for name in vars(state):
         setattr(state, name, saved[name])
     return state

@@ -35,25 +35,30 @@ class Tolerance:
         """Whether a client with this seed does not answer."""
         return float(torch.rand((), generator=torch.Generator().manual_seed(seed))) < self.dropout
 
-    def clipped(self, update: Update, before: Tensor) -> Update:
-        """The update, its change from `before` no longer than `clip`."""
+    def clipped(self, update: Update, before: Tensor, layout: Layout) -> Update:
+        """The update, the change of its parameters from `before` no longer than `clip`."""
         if self.clip is None:
             return update
         change = update.values - before
-        kept = torch.ones(len(change), dtype=torch.bool)
-        kept[: len(update.mask)] = update.mask
+        kept = layout.learned.clone()  # buffers are no change to go along
+        kept[: layout.masked] &= update.mask
         norm = float(torch.linalg.vector_norm(change[kept]))
         if norm > self.clip:
-            update.values = torch.where(kept, before + change * (self.clip / norm), 0.0)
+            update.values = torch.where(kept, before + change * (self.clip / norm), update.values)
         return update
 
 
-def refuse(update: Update, layout: Layout, more: dict[str, int]) -> None:
-    """Raises `InputError` where an update cannot be added: of another shape, not finite, too large, of no samples."""
+def refuse(update: Update, layout: Layout, more: dict[str, int], samples: int) -> None:
+    """Raises `InputError` where an update cannot be added: of another shape, not finite, too large.
+
+    Also where it does not speak for its client's `samples`, by which it is weighted, or keeps no weight at all.
+    """
     expected = {"values": layout.size, **more}
     vectors = {"values": update.values, **update.more}
-    if update.samples < 1 or update.mask.dtype != torch.bool or len(update.mask) != layout.masked:
-        raise InputError(f"the update is of {update.samples} samples with a mask of {tuple(update.mask.shape)}")
+    if update.samples != samples:
+        raise InputError(f"the update is of {update.samples} samples, its client has {samples}")
+    if update.mask.dtype != torch.bool or len(update.mask) != layout.masked or not bool(update.mask.any()):
+        raise InputError(f"the update keeps {int(update.mask.sum())} of {len(update.mask)} weights")
     if {name: len(each) for name, each in vectors.items()} != expected:
         raise InputError(f"the update has { ({n: len(v) for n, v in vectors.items()}) }, expected {expected}")
     for name, vector in vectors.items():

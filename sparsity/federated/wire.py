@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sparsity.errors import InputError
 from sparsity.federated import payload
 from sparsity.federated.client import Task
 from sparsity.federated.layout import Layout
@@ -28,7 +29,7 @@ class Wire:
         layout = self.layout
         masks, theirs = layout.masks(task.mask), None if known is None else layout.masks(known)
         directions = None if task.directions is None else layout.masks(task.directions)
-        first = Payload(layout.weights(task.values), layout.rest(task.values), directions, {"round": task.number})
+        first = Payload(layout.weights(task.values), layout.rest(task.values), directions)
         found = [payload.encode(first, masks, theirs, self.precision)]
         if task.controls is not None:
             found.append(self._whole(task.controls[0], masks))
@@ -65,6 +66,8 @@ class Wire:
     def read(self, messages: Messages, task: Task, more: dict[str, int]) -> Update:
         """The update that these messages are; raises `InputError` for what `answer` did not make for the task."""
         layout = self.layout
+        if len(messages) != 1 + len(more):
+            raise InputError(f"an answer of {1 + len(more)} messages was expected, got {len(messages)}")
         [first, *others] = messages
         weights, rest = layout.weights(task.values), layout.rest(task.values)
         found, masks = payload.decode(first, weights, rest, layout.masks(task.mask))
@@ -75,7 +78,7 @@ class Wire:
             else:
                 squares = payload.decode(message, {}, self._squares(torch.zeros(layout.masked)))[0].rest
                 vectors[name] = torch.cat([each.flatten() for each in squares.values()]).double()
-        return Update(self._vector(found), layout.mask(masks), int(found.numbers["samples"]), vectors)
+        return Update(self._vector(found), layout.mask(masks), int(found.numbers.get("samples", 0)), vectors)
 
     def bound(self, mask: Tensor, known: Tensor | None) -> float:
         """The fewest bytes that the message of a mask takes on average."""

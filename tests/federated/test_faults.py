@@ -34,6 +34,7 @@ from sparsity.federated import (
 )
 from sparsity.federated.layout import Layout
 from sparsity.federated.server import Update
+from sparsity.federated.site import Site
 from sparsity.federated.state import load
 from sparsity.federated.tolerance import refuse
 from tests.federated.small import Model, Points, drops, model
@@ -42,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(net: Model, rounds: int = 5, per_round: int = 5, **settings: Any) -> Outcome:
-    protocol = Protocol(Local(1), settings.pop("server", None), settings.pop("tolerance", None))
+    protocol = Protocol(Local(2), settings.pop("server", None), settings.pop("tolerance", None))
     federation = Federation(5, per_round, rounds, settings.pop("partition", None) or IID())
     return simulate(net, Points(), settings.pop("method", None), federation, protocol, Running(**settings), seed=1)
 
@@ -54,7 +55,7 @@ class Failing(Model):
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         loss = super().training_step(batch)
-        if batch[0][0, 0] < -1:
+        if batch[0][0, 0] < -2:
             if self.how == "raise":
                 raise ZeroDivisionError("no luck")
             if self.how == "sleep":
@@ -105,11 +106,15 @@ def test_below_the_quorum_the_model_stays() -> None:
     assert all(row["failures"] for row in outcome.rows)
 
 
-def test_a_long_change_is_shortened() -> None:
-    before = Layout(model(), []).read()
-    free, bound = (run(model(), 1, tolerance=Tolerance(clip=clip)).state.values for clip in (None, 0.01))
-    assert float((free - before).norm()) > 0.01
-    assert float((bound - before).norm()) <= 0.01 * (1 + 1e-4)
+def test_a_long_change_is_shortened_and_buffers_do_not_count() -> None:
+    site = Site(model(), None, 1, 0)
+    shape = site.layout
+    before, learned = shape.read(), shape.learned
+    free, bound, loose = (run(model(), 1, tolerance=Tolerance(clip=clip)).state.values for clip in (None, 0.01, 10.0))
+    assert float((free - before)[learned].norm()) > 0.01
+    assert float((bound - before)[learned].norm()) <= 0.01 * (1 + 1e-4)
+    assert torch.equal(loose, free), "counters have gone further than 10, and weights have not"
+    assert torch.equal(bound[~learned], free[~learned])
 
 
 def updates() -> dict[str, tuple[Update, str]]:
@@ -122,9 +127,11 @@ def updates() -> dict[str, tuple[Update, str]]:
         "infinite": (Update(bad, ones, 1), "1 of .* values are NaN or infinite"),
         "large": (Update(fine * 1e13, ones, 10), "beyond any model's"),
         "short": (Update(fine[:-1], ones, 1), "expected {'values'"),
-        "no samples": (Update(fine, ones, 0), "of 0 samples"),
-        "another mask": (Update(fine, ones[:-1], 1), "with a mask of"),
+        "no samples": (Update(fine, ones, 0), "of 0 samples, its client has 1"),
+        "another mask": (Update(fine, ones[:-1], 1), "of 71 weights"),
         "values where pruned": (Update(fine, half, 1), "values where its mask prunes"),
+        "nothing kept": (Update(fine, ~ones, 1), "keeps 0 of 72 weights"),
+        "more samples": (Update(fine, ones, 1000), "of 1000 samples, its client has 1"),
         "more": (Update(fine, ones, 1, {"squares": fine}), "the update has .*squares"),
     }
 
@@ -133,7 +140,7 @@ def updates() -> dict[str, tuple[Update, str]]:
 def test_wrong_updates_are_refused(name: str) -> None:
     update, message = updates()[name]
     with pytest.raises(InputError, match=message):
-        refuse(update, Layout(model(), ["first.weight"]), {})
+        refuse(update, Layout(model(), ["first.weight"]), {}, 10 if name == "large" else 1)
 
 
 CASES: dict[str, Any] = {
@@ -161,7 +168,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(case: str, tmp_path: Path) -> No
             raise Interrupted
 
     settings = CASES[case]()
-    protocol = Protocol(Local(1), settings.get("server"), settings.get("tolerance"))
+    protocol = Protocol(Local(2), settings.get("server"), settings.get("tolerance"))
     running = Running(1, folder=tmp_path / "part")
     with pytest.raises(Interrupted):
         simulate(
@@ -188,7 +195,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     code = (
         "import sys, time; from tests.federated.test_faults import *\n"
         "def slow(row): time.sleep(0.2); print(row['round'], flush=True)\n"
-        "simulate(model(), Points(), FedSGC(0.6, Congruity(0.5), drops()), Federation(5, 3, 12), Protocol(Local(1)),"
+        "simulate(model(), Points(), FedSGC(0.6, Congruity(0.5), drops()), Federation(5, 3, 12), Protocol(Local(2)),"
         " Running(folder=sys.argv[1]), seed=1, on_round=slow)"
     )
     command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
@@ -221,7 +228,7 @@ def test_a_worker_that_dies_ends_the_run_and_loses_no_round(tmp_path: Path) -> N
 
     torch.manual_seed(0)
     with pytest.raises(InputError, match=r"workers ended with exit codes {1: -9}.*go on with resume"):
-        simulate(Dying(), Points(), None, Federation(5, 5, 6), Protocol(Local(1)), Running(2, folder=tmp_path),
+        simulate(Dying(), Points(), None, Federation(5, 5, 6), Protocol(Local(2)), Running(2, folder=tmp_path),
                  seed=1, on_round=after)  # fmt: skip
     assert load(tmp_path / "federation.ckpt", {}).round >= 3
     (tmp_path / "die").unlink()
@@ -232,8 +239,9 @@ def test_a_worker_that_dies_ends_the_run_and_loses_no_round(tmp_path: Path) -> N
 @pytest.mark.parametrize(("change", "message"), [
     ({"partition": Pathological(2)}, "with {'partition'"),
     ({"method": StaticMask(0.5)}, "'method'.*'sparsity'"),
-    ({"server": FedAvgM()}, "with {'server': 'FedAvg'}, this one has {'server': 'FedAvgM'}"),
+    ({"server": FedAvgM()}, "with {'server.class': 'FedAvg', 'server.momentum': None}, this one has"),
     ({"rounds": 9}, "with {'rounds': 2}"),
+    ({"tolerance": Tolerance(clip=2.0)}, "with {'tolerance.clip': None}, this one has {'tolerance.clip': 2.0}"),
 ])  # fmt: skip
 def test_another_federation_does_not_go_on(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     run(model(), 2, folder=tmp_path)

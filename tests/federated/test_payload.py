@@ -144,6 +144,9 @@ def test_every_altered_byte_is_refused() -> None:
     ({"directions__one_weight": torch.zeros(1, dtype=torch.uint8)}, "'directions/one.weight' of shape"),
     ({"numbers": '{"samples": NaN}'}, "numbers are not finite"),
     ({"numbers": "[1]"}, "numbers cannot be read"),
+    ({"numbers": '{"a":' * 5000 + "1" + "}" * 5000}, "numbers cannot be read"),
+    ({"numbers": '{"samples": 1' + "0" * 400 + "}"}, "numbers cannot be read"),
+    ({"whole__one_weight": torch.zeros((), dtype=torch.uint8)}, "bytes of a mask were expected"),
     ({"scales": '{"one.weight": 1e400}'}, "numbers are not finite"),
     ({"masks": "0" * 64}, "masks are not those that it was made with"),
     ({"known": "0" * 64}, "changes other masks than those that are known"),
@@ -169,5 +172,8 @@ def test_a_payload_of_another_model_or_state_is_refused() -> None:
         decode(encode(payload, found, found), payload.weights, payload.rest)
     with pytest.raises(InputError, match="no safetensors file"):
         decode(sealed(b"12345678 and more"), payload.weights, payload.rest)
+    nothing = b'{"__metadata__":null}   '
+    with pytest.raises(InputError, match="no safetensors file"):
+        decode(sealed(len(nothing).to_bytes(8, "little") + nothing), {}, {})
     with pytest.raises(InputError, match="precision must be one of"):
         encode(payload, found, precision="bfloat16")

@@ -142,6 +142,9 @@ def test_learned_weights_go_where_the_servers_samples_are() -> None:
     found, held = FedLAW(0.1, 200, 0.05).gathered(updates, layout(), slopes)
     torch.testing.assert_close(found, target, rtol=0.02, atol=0)
     assert held.all()
+    pruned = [Update(vector(4, 4, 4, 4, 4), bools(1, 1, 1, 1), 1), Update(vector(0, 8, 8, 8, 8), bools(0, 1, 1, 1), 1)]
+    shared, _ = FedLAW(0.1, 1).gathered(pruned, layout(), lambda where: iter(()))
+    assert shared.tolist() == pytest.approx([4, 6, 6, 6, 6]), "over those that keep it"
     untouched, _ = FedLAW(0.1, 1).gathered(updates, layout(), lambda where: iter(()))
     torch.testing.assert_close(untouched, 0.25 * target / 2 - 0.75 * target)
 

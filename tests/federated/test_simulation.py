@@ -1,10 +1,15 @@
 """Whole federations: identities between methods, exact counts, and results that nothing but the seed decides."""
 
+import random
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from callbacks import (
     FLASH,
@@ -23,7 +28,7 @@ from callbacks import (
     SparseMomentum,
     StaticMask,
 )
-from sparsity import Horizon, InputError, Sparsifier, masks
+from sparsity import Horizon, InputError, Sparsifier, Targets, masks
 from sparsity.congruent import Congruent, Congruity, GradientCongruity
 from sparsity.federated import (
     IID,
@@ -48,7 +53,9 @@ from sparsity.federated import (
 from sparsity.federated.coordinator import Coordinator
 from sparsity.federated.engine import Engine
 from sparsity.federated.federation import seed_of
-from sparsity.federated.site import Site, Source
+from sparsity.federated.site import Site
+from sparsity.federated.source import Source
+from sparsity.importance import Importance
 from sparsity.schedules import Cubic
 from tests.federated.small import Model, Points, drops, model
 from tests.nets import trainer
@@ -238,7 +245,7 @@ def test_a_schedule_of_rates_counts_rounds() -> None:
 def test_clients_are_measured_on_what_they_held_out() -> None:
     outcome = run(None)
     assert len(outcome.clients) == 8
-    assert all(0 <= each["val/acc"] <= 1 for each in outcome.clients)
+    assert all(0 <= each["val/acc"] <= 1 for each in outcome.clients.values())
     server = Coordinator(Site(model(), None, 6, 3), Source(Points(), torch.device("cpu")), federation(), Protocol(), 3)
     for trained, held, part in zip(server.trained, server.held_out, server.parts, strict=True):
         assert set(trained.tolist()) | set(held.tolist()) == set(part.tolist())
@@ -275,6 +282,201 @@ def test_a_plain_trainer_can_be_a_client() -> None:
     assert sparsifier.directions
 
 
+def test_a_plain_trainer_keeps_what_came_before_it_was_attached() -> None:
+    """Also for another model object each round: masks and directions wait for the fit."""
+    method = FedSGC(0.6, Congruity(1.0), drops())
+    sparsifier = method.sparsifier
+    assert isinstance(sparsifier, Congruent)
+    generator = torch.Generator().manual_seed(0)
+    seen: list[str] = []
+    look = pl.callbacks.LambdaCallback(on_train_start=lambda *_: seen.append(masks.fingerprint(sparsifier.masks)))
+    for seed in range(2):
+        net = model(seed)
+        came = {name: torch.rand(each.shape, generator=generator) < 0.4 for name, each in Targets().select(net).items()}
+        sparsifier.receive(came, directions={name: each.to(torch.int8) for name, each in came.items()})
+        before = {name: each.detach().clone() for name, each in Targets().select(net).items()}
+        trainer(method, look, epochs=1).fit(net, Points(batch_size=40))
+        assert seen.pop() == masks.fingerprint(came)
+        begun = sparsifier.state_dict()["begun"]
+        assert all(torch.equal(begun[name], value * came[name]) for name, value in before.items())
+
+
+class Leaky(Model):
+    """Trains its last layer only, and counts in a buffer that no checkpoint has."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(norm=False)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.register_buffer("causal", torch.full((2,), -torch.inf))
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.seen += batch[0].abs().mean()
+        return super().training_step(batch) * (1 + 0.01 * self.seen)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.last.parameters(), 0.1)
+
+
+def test_nothing_is_left_of_the_client_before() -> None:
+    torch.manual_seed(0)
+    one, other = Leaky(), Leaky()
+    other.load_state_dict(one.state_dict())
+    found = [run(StaticMask(0.5), net, local=Local(2, clip=0.5), workers=w) for net, w in ((one, 1), (other, 2))]
+    assert same(*found)
+    assert float(one.seen) == 0
+    assert all(parameter.grad is None for parameter in one.parameters())
+
+
+def test_modes_of_modules_are_the_users() -> None:
+    net = model()
+    net.norm.eval()
+    before = net.state_dict()["norm.running_mean"].clone()
+    run(None, net)
+    assert torch.equal(net.state_dict()["norm.running_mean"], before)
+    assert net.training
+    assert not net.norm.training
+
+
+def test_a_module_has_its_own_log_again_also_after_an_error() -> None:
+    refused, net = Two(), model()
+    with pytest.raises(InputError):
+        run(None, refused)
+    run(None, net)
+    assert "log" not in vars(refused)
+    assert "log" not in vars(net)
+
+
+class Loud(Points):
+    """Draws with numpy, drops short batches, has two validation loaders, and splits anew at each setup."""
+
+    setups = 0
+
+    def setup(self, stage: str) -> None:
+        self.setups += 1
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Noisy(self.points[:101], self.labels[:101]), 4, drop_last=True)
+
+    def val_dataloader(self) -> Any:
+        return [self._loader(240, 250), self._loader(250, 300)]
+
+
+class Noisy(TensorDataset):
+    def __getitem__(self, index: int) -> Any:
+        point, label = self.tensors[0][index], self.tensors[1][index]
+        return point + 0.1 * float(np.random.randn()) + 0.1 * random.random(), label
+
+
+class Positional(Model):
+    """Its steps call the number of the batch what they like."""
+
+    def training_step(self, batch: Any, _: int = 0) -> Tensor:
+        return super().training_step(batch)
+
+    def validation_step(self, batch: Any, number: int) -> None:
+        super().validation_step(batch, number)
+        self.log("val/largest", float(number), reduce_fx="max")
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/ended", 1.0)
+
+
+def test_data_and_steps_as_people_write_them() -> None:
+    found = []
+    for workers in (1, 2):
+        torch.manual_seed(0)
+        data = Loud()
+        found.append(
+            simulate(Positional(), data, None, Federation(5, 5, 3), Protocol(Local(2)), Running(workers), seed=1)
+        )
+        assert data.setups == 2, "for training and for testing"
+        assert data.trainer is None
+        assert not any(row["failures"] for row in found[-1].rows), "21 samples in batches of 4 leave one"
+    assert same(*found)
+    assert found[0].metrics["val/largest"] == 15
+    assert found[0].metrics["val/ended"] == 1
+
+
+class Training(Points):
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        return super().train_dataloader()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] + 100 * self.trainer.training, batch[1]]  # type: ignore[union-attr]  # the stand-in
+
+
+def test_a_data_module_knows_whether_it_trains() -> None:
+    sizes: list[float] = []
+
+    class Sized(Model):
+        def training_step(self, batch: Any) -> Tensor:
+            sizes.append(float(batch[0].mean()))
+            return super().training_step(batch)
+
+    outcome = simulate(Sized(), Training(), None, Federation(5, 5, 1), Protocol(Local(1)), seed=1)
+    assert min(sizes) > 50
+    assert outcome.metrics["val/acc"] >= 0
+
+
+def test_without_a_validation_split_there_is_no_accuracy(tmp_path: Path) -> None:
+    class Bare(pl.LightningDataModule):
+        train_dataloader = Points.train_dataloader
+        _loader = Points._loader
+
+        def __init__(self) -> None:
+            super().__init__()
+            vars(self).update({name: vars(Points())[name] for name in ("points", "labels", "count", "batch_size")})
+
+    outcome = simulate(model(), Bare(), None, Federation(5, 5, 2), Protocol(Local(1)), Running(folder=tmp_path), seed=1)
+    assert [row["accuracy"] for row in outcome.rows] == [None, None]
+    assert outcome.metrics == {}
+
+
+def test_clients_do_not_prune_where_the_server_does() -> None:
+    outcome = run(GMP(0.8, Cubic(0, 3, 1)))
+    assert sum(row["mask_bound_up"] for row in outcome.rows) == 0
+
+
+def test_frozen_layers_keep_their_masks() -> None:
+    net = model()
+    net.first.requires_grad_(False)
+    method = PruneFL(0.6, drops(1))
+    before = Importance(0.6, drops(1))
+    Site(model(), before, 6, 3).close()
+    run(method, net)
+    found = method.sparsifier.masks
+    assert torch.equal(found["first.weight"], before.masks["first.weight"])
+    assert not torch.equal(found["middle.weight"], before.masks["middle.weight"])
+
+
+def test_controls_are_zero_where_weights_are_pruned() -> None:
+    outcome = run(FedSGC(0.6, Congruity(0.5), drops(1)), rounds=8, server=SCAFFOLD())
+    control, mask = outcome.state.controls[-1], outcome.state.mask
+    assert control[: len(mask)][mask].any()
+    assert not control[: len(mask)][~mask].any()
+    assert all(each.dtype == torch.float32 for client, each in outcome.state.controls.items() if client >= 0)
+
+
+@pytest.mark.parametrize(("precision", "part"), [("float32", 1.0), ("float16", 0.5), ("int8", 0.25)])
+def test_precision_counts_for_dense_models_too(precision: str, part: float) -> None:
+    rows = [run(None, precision=each, rounds=1).rows[0]["bytes_up"] for each in ("float32", precision)]
+    weights = 4 * 4 * (6 * 12 + 144 + 36)  # of four clients
+    assert rows[0] - rows[1] == pytest.approx((1 - part) * weights, abs=4 * 100)
+
+
+def test_a_model_in_bfloat16_sends_two_bytes_a_weight() -> None:
+    net = model(norm=False).bfloat16()
+    data = Points()
+    data.points = data.points.bfloat16()
+    row = simulate(net, data, None, Federation(5, 5, 1), Protocol(Local(1)), seed=1).rows[0]
+    parameters = sum(each.numel() for each in net.parameters())
+    assert row["bytes_dense"] == 2 * parameters * 10
+    assert row["bytes_up"] < 5 * (2 * parameters + 2000)
+
+
 class ByHand(Model):
     def __init__(self) -> None:
         super().__init__()
@@ -286,7 +488,45 @@ class Two(Model):
         return [torch.optim.SGD(self.first.parameters(), 0.1), torch.optim.SGD(self.last.parameters(), 0.1)]
 
 
+class Plateau(Model):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val/acc"}}
+
+
+class OneCycle(Model):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, 0.9)
+        return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=3)]
+
+
+class AsksTrainer(Model):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1 / self.trainer.max_epochs)  # type: ignore[operator]  # may be None
+
+
+class Empty(Model):
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+
+
+class Stream(Points):
+    def train_dataloader(self) -> Any:
+        class Numbers(IterableDataset[Any]):
+            def __iter__(self) -> Any:
+                return iter([1, 2])
+
+        return DataLoader(Numbers(), 2)
+
+
 @pytest.mark.parametrize(("make", "message"), [
+    (lambda: run(None, Plateau()), "ReduceLROnPlateau waits for a metric"),
+    (lambda: run(None, OneCycle()), "OneCycleLR cannot take its step for round 4.*schedules count rounds"),
+    (lambda: run(None, AsksTrainer()), "configure_optimizers has to do without a trainer"),
+    (lambda: run(None, Empty()), "Empty has no parameters"),
+    (lambda: simulate(model(), Stream()), "map-style dataset and a batch_size, got Numbers"),
+    (lambda: run(FedSGC(0.5, drops=drops()), local=Local(1)), "adjust_after=1 of epochs=1: let it train an epoch"),
     (lambda: run(HyperSparse(0.5)), "Adaptive finds its masks by more than weights and gradients"),
     (lambda: run(GumbelNM("1:2")), "finds its masks by more than"),
     (lambda: run(SparseMomentum(0.5)), "have to stay as many when clients move them"),

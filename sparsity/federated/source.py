@@ -1,0 +1,91 @@
+"""Source: the samples of all clients, by index, and what a model is measured on."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from sparsity.errors import InputError
+
+LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
+
+
+class Source:
+    """A Lightning data module's training samples by index, and its validation and test batches.
+
+    Batches are made as its own loader makes them, of its size and by its collate function, a short last one only where
+    it keeps those; they go through its hooks for the transfer to a device. Its `trainer` is a stand-in, which says
+    whether it is `training`.
+    """
+
+    def __init__(self, data: Any, device: torch.device) -> None:
+        data.prepare_data()
+        data.setup("fit")
+        self.data, self.device, self._tests = data, device, False
+        self._stage = SimpleNamespace(training=False, validating=False, testing=False)
+        if data.trainer is None:
+            data.trainer = self._stage
+        loader = data.train_dataloader()
+        self.dataset, size = getattr(loader, "dataset", None), getattr(loader, "batch_size", None)
+        if size is None or not hasattr(self.dataset, "__getitem__") or isinstance(self.dataset, IterableDataset):
+            raise InputError(
+                f"clients hold samples by index: {type(data).__name__} has to have a train_dataloader of a map-style "
+                f"dataset and a batch_size, got {type(self.dataset).__name__} in batches of {size}"
+            )
+        self.batch_size: int = size
+        self._collate, self._whole = loader.collate_fn, loader.drop_last
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]  # map-style
+
+    def close(self) -> None:
+        """The data module has no trainer again."""
+        if self.data.trainer is self._stage:
+            self.data.trainer = None
+
+    def has(self, stage: str) -> bool:
+        """Whether there is a "validation" or a "test" split."""
+        return defines(self.data, "test_dataloader" if stage == "test" else "val_dataloader")
+
+    def batches(self, indices: Tensor, generator: torch.Generator | None = None) -> Iterator[Any]:
+        """The samples of these indices once, in an order that the generator draws: for training.
+
+        Without one they are in their own order, and for a measurement.
+        """
+        training = generator is not None
+        order = indices[torch.randperm(len(indices), generator=generator)] if training else indices
+        for part in torch.split(order, self.batch_size):
+            if training and self._whole and len(part) < self.batch_size <= len(order):
+                return
+            yield self._moved(self._collate(self._samples(part.tolist())), "training" if training else "validating")
+
+    def evaluation(self, stage: str) -> Iterator[Any]:
+        """The batches of the "validation" or the "test" split."""
+        if stage == "test" and not self._tests:
+            self.data.setup("test")
+            self._tests = True
+        loaders = self.data.test_dataloader() if stage == "test" else self.data.val_dataloader()
+        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+            for batch in loader:
+                yield self._moved(batch, "testing" if stage == "test" else "validating")
+
+    def _samples(self, places: list[int]) -> Any:
+        at_once = getattr(self.dataset, "__getitems__", None)
+        return at_once(places) if at_once else [self.dataset[place] for place in places]  # type: ignore[index]  # map-style
+
+    def _moved(self, batch: Any, stage: str) -> Any:
+        vars(self._stage).update(training=False, validating=False, testing=False)
+        setattr(self._stage, stage, True)
+        batch = self.data.on_before_batch_transfer(batch, 0)
+        if self.device.type != "cpu":
+            batch = self.data.transfer_batch_to_device(batch, self.device, 0)
+        return self.data.on_after_batch_transfer(batch, 0)
+
+
+def defines(thing: Any, name: str) -> bool:
+    """Whether a class of the user's own defines a hook, which Lightning's bases define to do nothing."""
+    own = (each for each in type(thing).__mro__ if each.__module__.partition(".")[0] not in LIGHTNING)
+    return any(name in vars(each) for each in own)
