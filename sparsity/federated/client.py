@@ -151,7 +151,7 @@ def _step(site: Site, batches: list[Any], number: int, clock: int, pulls: Pulls,
 def _more(site: Site, task: Task, pulls: Pulls, steps: int) -> dict[str, Tensor]:
     found = {}
     if task.controls is not None:
-        found["controls"] = _new_control(site, task, steps) - task.controls[1]
+        found["controls"] = within(_new_control(site, task, steps) - task.controls[1], site.mask)
     if isinstance(site.sparsifier, Importance) and task.moves:
         found["squares"] = site.layout.join(site.sparsifier.mean_squares())
     return found
@@ -164,7 +164,7 @@ def _new_control(site: Site, task: Task, steps: int) -> Tensor:
     lengths = [torch.full((each.numel(),), rates.get(id(each), 0.0)) for each in site.layout.tensors.values()]
     path = torch.cat(lengths).double() * steps
     walked = torch.where(path > 0, (task.values - site.layout.read()) / path.clamp_min(1e-30), 0.0)
-    return within(walked - task.controls[0] + task.controls[1], site.mask)
+    return walked - task.controls[0] + task.controls[1]
 
 
 def within(vector: Tensor, mask: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from sparsity.federated.federation import Federation
 from sparsity.federated.simulation import Outcome, Running, drive
 from sparsity.federated.site import Site
 from sparsity.federated.source import Source
+from sparsity.sensitivity import Sensitivity
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 try:
@@ -56,6 +57,8 @@ class Plan:
             sparsifier = getattr(method, "sparsifier", method)
             if sparsifier is not None:
                 check(sparsifier)
+            if isinstance(sparsifier, Sensitivity):
+                raise InputError("FLASH's scouts train in the embedded engine only: leave out engine=flower")
             source = Source(data, next(model.parameters()).device)
             site = Site(model, sparsifier, self.federation.rounds, self.seed)
             _HERE[self.key] = Coordinator(site, source, self.federation, self.protocol, self.seed)
@@ -141,8 +144,7 @@ class FlowerEngine:
         self._nodes: dict[int, int] = {}
 
     def scout(self) -> None:
-        """Scouts are not carried by Flower."""
-        raise InputError("FLASH's scouts train in the embedded engine only: leave out --engine flower")
+        """Scouts are not carried by Flower; a plan with any is refused before."""
 
     def round(self) -> Row:
         """One round: the state becomes the next one, and what happened is returned."""

@@ -158,7 +158,7 @@ class SCAFFOLD(FedAvg):
     """Control variates against the drift of clients: Karimireddy et al. (ICML 2020, arXiv 1910.06378), option II.
 
     Clients add the difference of the server's and their own control to their gradients, and send how theirs has
-    changed: twice the bytes. Where a weight is pruned both are zero. Their optimizer has to be plain SGD.
+    changed: twice the bytes. Where the server prunes a weight both become zero. Their optimizer has to be plain SGD.
     """
 
     controls = True

@@ -65,6 +65,14 @@ class Model(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), self.rate, self.momentum)
 
 
+class Unlucky(Model):
+    """Some of its losses are NaN."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        loss = super().training_step(batch)
+        return loss * float("nan") if float(batch[0][0, 0]) < -2 else loss
+
+
 def model(seed: int = 0, **settings: Any) -> Model:
     """Its weights depend on the seed alone."""
     torch.manual_seed(seed)

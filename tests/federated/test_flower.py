@@ -1,0 +1,65 @@
+"""Flower carries the same federation to the same end: weights, masks, bytes and failures."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from callbacks import FLASH, FedDST, FedSGC
+from sparsity import InputError
+from sparsity.congruent import Congruity
+from sparsity.federated import SCAFFOLD, Dirichlet, FedAvg, Federation, Local, Protocol, Running, Tolerance, simulate
+from tests.federated.small import Points, Unlucky, drops, model
+
+pytest.importorskip("flwr", reason="Flower is an extra: pip install .[federated]")
+from sparsity.federated import flower  # it needs Flower
+
+# Flower's own: its simulation function, and what Ray leaves open.
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+ROOT = Path(__file__).parents[2]
+
+
+CASES: dict[str, Any] = {
+    "FedSGC": lambda: (model(norm=False), FedSGC(0.6, Congruity(0.5), drops()), FedAvg(residual=True), None),
+    "SCAFFOLD": lambda: (model(norm=False), FedDST(0.6, drops(1)), SCAFFOLD(), Tolerance(dropout=0.2)),
+    "NaN": lambda: (Unlucky(norm=False), None, None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_engines_come_to_the_same(case: str) -> None:
+    found = []
+    for run in (simulate, flower.simulate):
+        torch.manual_seed(0)
+        net, method, server, tolerance = CASES[case]()
+        protocol = Protocol(Local(2), server, tolerance)
+        found.append(run(net, Points(), method, Federation(6, 4, 5, Dirichlet(2.0)), protocol, Running(2), seed=3))
+    ours, theirs = found
+    assert torch.equal(ours.state.values, theirs.state.values)
+    assert torch.equal(ours.state.mask, theirs.state.mask)
+    assert ours.metrics == theirs.metrics
+    for one, other in zip(ours.rows, theirs.rows, strict=True):
+        timed = {name for name in one if "seconds" in name}
+        assert {**one, **dict.fromkeys(timed)} == {**other, **dict.fromkeys(timed)}
+    if case == "NaN":
+        assert any(row["failures"] for row in ours.rows)
+
+
+def test_what_flower_does_not_carry_is_said() -> None:
+    with pytest.raises(InputError, match="FLASH's scouts train in the embedded engine only"):
+        flower.simulate(model(momentum=0.9), Points(), FLASH(0.5), Federation(3, 2, 2), seed=1)
+
+
+def test_nothing_is_reported_to_anybody() -> None:
+    code = "import sparsity.federated.flower, os; print(os.environ['FLWR_TELEMETRY_ENABLED'])"
+    environment = {name: value for name, value in os.environ.items() if name != "FLWR_TELEMETRY_ENABLED"}
+    for wish, expected in ((None, "0"), ("1", "1")):
+        asked = environment | ({"FLWR_TELEMETRY_ENABLED": wish} if wish else {})
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=asked, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.strip() == expected
