@@ -256,19 +256,46 @@ def _last(folder: Path, name: str = "last.ckpt") -> Path:
     return found[-1]
 
 
+class Recipe:
+    """What a federated recipe describes, built anew wherever it is called: for Flower, whose processes are apart.
+
+    plan = Plan.of(Recipe("recipes/federated/mnist_fedsgc.yaml"))
+    """
+
+    def __init__(self, path: str, *overrides: str) -> None:
+        self.path, self.overrides = path, overrides
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that `federate` would get, and the method and the seed beside them."""
+        found: dict[str, Any] = {}
+
+        class Reader(SparseTrainer):
+            def federate(self, *args: Any, **settings: Any) -> None:
+                method = next((each for each in self.callbacks if isinstance(each, Sparsify)), None)  # type: ignore[attr-defined]  # set by a connector
+                found.update(settings, method=method, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)))
+
+        Reader.federate.__signature__ = inspect.signature(SparseTrainer.federate)  # type: ignore[attr-defined]  # a function's
+        run(Reader, ["federate", "--config", self.path, *self.overrides])
+        return found
+
+    def __call__(self) -> tuple[Any, Any, Any]:
+        """The module, its data and the method."""
+        found = self.settings()
+        return found["model"], found["datamodule"], found["method"]
+
+
+def run(trainer: type[Trainer], args: ArgsType = None) -> None:
+    """The command line with this trainer."""
+    SparsityCLI(LightningModule, trainer_class=trainer, parser_class=PlainParser, subclass_mode_model=True, args=args)
+
+
 def main(args: ArgsType = None) -> None:
     """Runs the command line; input that cannot work ends it with a plain message and status 2."""
     # Lightning's own call, and its advice to add workers, which data in memory does not need.
     warnings.filterwarnings("ignore", r".*LeafSpec\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*does not have many workers")
     try:
-        SparsityCLI(
-            LightningModule,
-            trainer_class=SparseTrainer,
-            parser_class=PlainParser,
-            subclass_mode_model=True,
-            args=args,
-        )
+        run(SparseTrainer, args)
     except ValueError as error:
         # The parser wraps what a constructor raises in a message about types.
         if not isinstance(error, InputError) and "Union subtypes" not in str(error):

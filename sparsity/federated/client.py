@@ -101,6 +101,8 @@ class Pulls:
     @torch.no_grad()
     def add(self) -> None:
         """After backward."""
+        if not self.begun and not self.drift:
+            return
         for place, weight in enumerate(self.weights):
             if weight.grad is None:
                 continue
@@ -135,7 +137,7 @@ def _step(site: Site, batches: list[Any], number: int, clock: int, pulls: Pulls,
     losses = [loss for batch in batches if (loss := site.loss(batch, number)) is not None]
     if not losses:
         return 0
-    torch.stack(losses).mean().backward()  # type: ignore[no-untyped-call]  # torch's
+    (losses[0] if len(losses) == 1 else torch.stack(losses).mean()).backward()  # type: ignore[no-untyped-call]  # torch's
     pulls.add()
     if site.sparsifier is not None:
         site.sparsifier.update(clock)

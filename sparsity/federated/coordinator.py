@@ -127,7 +127,10 @@ class Coordinator:
 
     def incoming(self, client: int, messages: Messages, task: Task) -> Update:
         """A client's answer; raises `InputError` for what cannot be trusted."""
-        update = self.wire.read(messages, task, self.more())
+        return self.accepted(client, self.wire.read(messages, task, self.more()))
+
+    def accepted(self, client: int, update: Update) -> Update:
+        """An update of this client, shortened where it is too long; raises `InputError` where it is refused."""
         refuse(update, self.site.layout, self.more(), len(self.trained[client]))
         return self.protocol.tolerance.clipped(update, self.state.values, self.site.layout)
 
@@ -168,7 +171,10 @@ class Coordinator:
         self._renew(after, sums)
         if server.controls:
             after.controls[-1] = within(after.controls[-1], after.mask)
-        after.know([note["client"] for note in notes], before)
+        after.know([note["client"] for note in notes if not note["failure"]], before)
+        for note in notes:
+            if note["failure"]:  # it may have lost what it was sent: a whole mask the next time
+                after.known.pop(note["client"], None)
         row = _row(self.number, notes, after, sums, layout.bytes)
         after.rows = [*before.rows, row]
         self.state, self._sent = after, {}

@@ -25,12 +25,13 @@ class Exact:
 
     def add(self, values: Tensor, times: int = 1) -> None:
         """Adds so many times the values, float of [size]; raises `InputError` where one is too large or not finite."""
-        addend = values.double() * times
-        if not bool((addend.abs() < LARGEST).all()):
+        addend = values.double() * (times * 2.0**UPPER)
+        lowest, highest = addend.aminmax()  # of which a NaN makes NaN
+        if not (float(lowest) > -LARGEST * 2.0**UPPER and float(highest) < LARGEST * 2.0**UPPER):
             raise InputError(f"a value to add, times {times}, is not below {LARGEST:g}, or is NaN: it is left out")
-        whole = (addend * 2.0**UPPER).floor_()
+        whole = addend.floor()
         self.upper += whole.long()
-        self.lower += ((addend - whole * 2.0**-UPPER) * 2.0 ** (UPPER + LOWER)).round_().long()
+        self.lower += addend.sub_(whole).mul_(2.0**LOWER).round_().long()
         self._added += 1
         if self._added % EVERY == 0:
             self.carry()

@@ -49,6 +49,13 @@ class Plan:
         self.build, self.federation, self.protocol, self.seed = build, federation, protocol, seed
         self.key = uuid.uuid4().hex
 
+    @classmethod
+    def of(cls, recipe: Any) -> "Plan":
+        """That of a recipe (`train.Recipe`): what it describes, with its federation, protocol and seed."""
+        found = recipe.settings()
+        federation, protocol = found["federation"] or Federation(), found["protocol"] or Protocol()
+        return cls(recipe, federation, protocol, found["seed"])
+
     def here(self) -> Coordinator:
         """What this process needs of the federation, built once."""
         if self.key not in _HERE:

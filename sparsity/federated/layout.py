@@ -35,6 +35,12 @@ class Layout:
         self.learned = torch.cat(kinds)  # bool of [size]: parameters, not buffers
 
     @property
+    def like(self) -> tuple[Tensors, Tensors]:
+        """The model's own tensors: those that have masks, and all others."""
+        weights = {name: each for name, each in self.tensors.items() if name in self.targets}
+        return weights, {name: each for name, each in self.tensors.items() if name not in weights}
+
+    @property
     def bytes(self) -> int:
         """What all of it takes in the model's dtypes."""
         return sum(each.numel() * each.element_size() for each in self.tensors.values())
@@ -60,13 +66,11 @@ class Layout:
         parts = torch.split(values, self.sizes)
         return {name: _as(part, like) for (name, like), part in zip(self.tensors.items(), parts, strict=True)}
 
-    def weights(self, values: Tensor) -> Tensors:
-        """Those that have masks."""
-        return {name: each for name, each in self.split(values).items() if name in self.targets}
-
-    def rest(self, values: Tensor) -> Tensors:
-        """Those that have none."""
-        return {name: each for name, each in self.split(values).items() if name not in self.targets}
+    def both(self, values: Tensor) -> tuple[Tensors, Tensors]:
+        """A vector as tensors that have masks, and all others."""
+        found = self.split(values)
+        weights = {name: found.pop(name) for name in list(found)[: len(self.targets)]}
+        return weights, found
 
     def mask(self, masks: Tensors) -> Tensor:
         """Masks as one bool vector of [masked]."""

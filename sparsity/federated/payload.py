@@ -52,18 +52,21 @@ def encode(payload: Payload, masks: Masks, known: Masks | None = None, precision
     tensors: dict[str, Tensor] = {f"rest/{name}": each.detach().cpu() for name, each in payload.rest.items()}
     scales: dict[str, float] = {}
     for name, weight in payload.weights.items():
-        mask = masks[name].cpu()
-        values, scales[name] = _rounded(weight.detach().cpu()[mask], precision)
+        mask, same = masks[name].cpu(), known is masks
+        kept = weight.detach().cpu()
+        values, scales[name] = _rounded(kept.reshape(-1) if bool(mask.all()) else kept[mask], precision)
         tensors[f"values/{name}"] = values
-        if known is None or not torch.equal(mask, known[name].cpu()):
+        if not same and (known is None or not torch.equal(mask, known[name].cpu())):
             whole, change = bits.encode(mask), None if known is None else bits.encode(mask ^ known[name].cpu())
             kind, data = ("whole", whole) if change is None or len(whole) <= len(change) else ("change", change)
             tensors[f"{kind}/{name}"] = _bytes(data)
         if name in payload.directions:
             tensors |= _directed(name, payload.directions[name].cpu(), mask)
+    mine = fingerprint(masks)
+    theirs = "" if known is None else mine if known is masks else fingerprint(known)
     about = {
         "format": FORMAT, "precision": precision, "scales": json.dumps(scales), "numbers": json.dumps(payload.numbers),
-        "known": "" if known is None else fingerprint(known), "masks": fingerprint(masks),
+        "known": theirs, "masks": mine,
     }  # fmt: skip
     body = save({name: each.contiguous() for name, each in tensors.items()}, about)
     return hashlib.sha256(body).digest()[:DIGEST] + body

@@ -48,8 +48,9 @@ class Sums:
         for name, total in self.more.items():
             total.add(update.more[name])
         self.values.add(update.values, update.samples)
-        self.holders += update.mask * update.samples
-        self.totals += torch.tensor([update.samples, 1])
+        self.holders.add_(update.mask, alpha=update.samples)
+        self.totals[0] += update.samples
+        self.totals[1] += 1
 
     def tensors(self) -> list[Tensor]:
         """The integers to add up over processes, in place."""

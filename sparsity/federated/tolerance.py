@@ -1,5 +1,7 @@
 """Tolerance: what a federation does about clients that fail."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ class Tolerance:
 
     def drops(self, seed: int) -> bool:
         """Whether a client with this seed does not answer."""
-        return float(torch.rand((), generator=torch.Generator().manual_seed(seed))) < self.dropout
+        return self.dropout > 0 and float(torch.rand((), generator=torch.Generator().manual_seed(seed))) < self.dropout
 
     def clipped(self, update: Update, before: Tensor, layout: Layout) -> Update:
         """The update, the change of its parameters from `before` no longer than `clip`."""
@@ -62,10 +64,11 @@ def refuse(update: Update, layout: Layout, more: dict[str, int], samples: int) -
     if {name: len(each) for name, each in vectors.items()} != expected:
         raise InputError(f"the update has { ({n: len(v) for n, v in vectors.items()}) }, expected {expected}")
     for name, vector in vectors.items():
-        finite = torch.isfinite(vector)
-        if not bool(finite.all()):
-            raise InputError(f"{int((~finite).count_nonzero())} of {len(vector)} {name} are NaN or infinite")
-        if float(vector.abs().max()) * update.samples >= LARGEST:
-            raise InputError(f"{name} go up to {float(vector.abs().max()):g}, which is beyond any model's")
+        largest = max(map(abs, map(float, vector.aminmax())))
+        if not math.isfinite(largest):
+            bad = int((~torch.isfinite(vector)).count_nonzero())
+            raise InputError(f"{bad} of {len(vector)} {name} are NaN or infinite")
+        if largest * update.samples >= LARGEST:
+            raise InputError(f"{name} go up to {largest:g}, which is beyond any model's")
     if bool(update.values[: layout.masked][~update.mask].any()):
         raise InputError("the update has values where its mask prunes")

@@ -26,11 +26,9 @@ class Wire:
 
     def send(self, task: Task, known: Tensor | None) -> Messages:
         """A task for a client that knows this mask, or none."""
-        layout = self.layout
-        masks, theirs = layout.masks(task.mask), None if known is None else layout.masks(known)
-        directions = None if task.directions is None else layout.masks(task.directions)
-        first = Payload(layout.weights(task.values), layout.rest(task.values), directions)
-        found = [payload.encode(first, masks, theirs, self.precision)]
+        masks, theirs = self._masks(task.mask, known)
+        directions = None if task.directions is None else self.layout.masks(task.directions)
+        found = [payload.encode(Payload(*self.layout.both(task.values), directions), masks, theirs, self.precision)]
         if task.controls is not None:
             found.append(self._whole(task.controls[0], masks))
         return found
@@ -42,21 +40,18 @@ class Wire:
         """
         layout = self.layout
         [first, *others] = messages
-        found, masks = payload.decode(
-            first, layout.weights(like.values), layout.rest(like.values), None if known is None else layout.masks(known)
-        )
+        found, masks = payload.decode(first, *layout.like, None if known is None else layout.masks(known))
         directions = layout.join(found.directions).to(torch.int8) if found.directions else None
         controls = None
         if like.controls is not None:
-            controls = (self._vector(self._open(others[0], masks)), like.controls[1])
+            controls = (self._vector(payload.decode(others[0], *layout.like, masks)[0]), like.controls[1])
         return Task(self._vector(found), layout.mask(masks), like.number, like.moves, directions, controls)
 
     def answer(self, update: Update, task: Task) -> Messages:
         """An update of a client that has been sent this task's mask."""
-        layout = self.layout
-        masks = layout.masks(update.mask)
-        first = Payload(layout.weights(update.values), layout.rest(update.values), None, {"samples": update.samples})
-        found = [payload.encode(first, masks, layout.masks(task.mask), self.precision)]
+        masks, theirs = self._masks(update.mask, task.mask)
+        first = Payload(*self.layout.both(update.values), None, {"samples": update.samples})
+        found = [payload.encode(first, masks, theirs, self.precision)]
         if "controls" in update.more:
             found.append(self._whole(update.more["controls"], masks))
         if "squares" in update.more:
@@ -69,28 +64,35 @@ class Wire:
         if len(messages) != 1 + len(more):
             raise InputError(f"an answer of {1 + len(more)} messages was expected, got {len(messages)}")
         [first, *others] = messages
-        weights, rest = layout.weights(task.values), layout.rest(task.values)
-        found, masks = payload.decode(first, weights, rest, layout.masks(task.mask))
+        found, masks = payload.decode(first, *layout.like, layout.masks(task.mask))
         vectors = {}
         for name, message in zip(more, others, strict=True):
             if name == "controls":
-                vectors[name] = self._vector(self._open(message, masks))
+                vectors[name] = self._vector(payload.decode(message, *layout.like, masks)[0])
             else:
                 squares = payload.decode(message, {}, self._squares(torch.zeros(layout.masked)))[0].rest
                 vectors[name] = torch.cat([each.flatten() for each in squares.values()]).double()
         return Update(self._vector(found), layout.mask(masks), int(found.numbers.get("samples", 0)), vectors)
 
+    def rounds(self, update: Update) -> bool:
+        """Whether reading an answer gives anything else than what was written."""
+        wide = any(each.dtype.itemsize > 4 and each.is_floating_point() for each in self.layout.tensors.values())
+        return self.precision != "float32" or wide or bool(update.more)
+
     def bound(self, mask: Tensor, known: Tensor | None) -> float:
         """The fewest bytes that the message of a mask takes on average."""
-        layout = self.layout
-        return payload.bound(layout.masks(mask), None if known is None else layout.masks(known))
+        masks, theirs = self._masks(mask, known)
+        return 0.0 if masks is theirs else payload.bound(masks, theirs)
+
+    def _masks(self, mask: Tensor, known: Tensor | None) -> tuple[Masks, Masks | None]:
+        """Both by name; the same object where they are the same masks."""
+        masks = self.layout.masks(mask)
+        if known is None:
+            return masks, None
+        return masks, masks if torch.equal(mask, known) else self.layout.masks(known)
 
     def _whole(self, vector: Tensor, masks: Masks) -> bytes:
-        return payload.encode(Payload(self.layout.weights(vector), self.layout.rest(vector)), masks, masks)
-
-    def _open(self, message: bytes, masks: Masks) -> Payload:
-        like = torch.zeros(self.layout.size, dtype=torch.float64)
-        return payload.decode(message, self.layout.weights(like), self.layout.rest(like), masks)[0]
+        return payload.encode(Payload(*self.layout.both(vector)), masks, masks)
 
     def _vector(self, found: Payload) -> Tensor:
         return self.layout.join(found.weights | found.rest)
