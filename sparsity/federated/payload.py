@@ -49,26 +49,24 @@ def encode(payload: Payload, masks: Masks, known: Masks | None = None, precision
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    tensors: dict[str, Tensor] = {f"rest/{name}": each.detach().cpu() for name, each in payload.rest.items()}
-    scales: dict[str, float] = {}
+    tensors: dict[str, Tensor] = {}
+    values, scales = list[Tensor](), dict[str, float]()
     for name, weight in payload.weights.items():
-        mask, same = masks[name].cpu(), known is masks
-        kept = weight.detach().cpu()
-        values, scales[name] = _rounded(kept.reshape(-1) if bool(mask.all()) else kept[mask], precision)
-        tensors[f"values/{name}"] = values
-        if not same and (known is None or not torch.equal(mask, known[name].cpu())):
-            whole, change = bits.encode(mask), None if known is None else bits.encode(mask ^ known[name].cpu())
-            kind, data = ("whole", whole) if change is None or len(whole) <= len(change) else ("change", change)
-            tensors[f"{kind}/{name}"] = _bytes(data)
+        mask, whole = masks[name].cpu(), weight.detach().cpu()
+        kept, scales[name] = _rounded(whole.reshape(-1) if bool(mask.all()) else whole[mask], precision)
+        values.append(kept)
+        if known is not masks and (known is None or not torch.equal(mask, known[name].cpu())):
+            tensors |= _masked(name, mask, None if known is None else known[name].cpu())
         if name in payload.directions:
             tensors |= _directed(name, payload.directions[name].cpu(), mask)
+    tensors |= _joined("values", values) | _joined("rest", [each.detach().cpu() for each in payload.rest.values()])
     mine = fingerprint(masks)
     theirs = "" if known is None else mine if known is masks else fingerprint(known)
     about = {
         "format": FORMAT, "precision": precision, "scales": json.dumps(scales), "numbers": json.dumps(payload.numbers),
         "known": theirs, "masks": mine,
     }  # fmt: skip
-    body = save({name: each.contiguous() for name, each in tensors.items()}, about)
+    body = save(tensors, about)
     return hashlib.sha256(body).digest()[:DIGEST] + body
 
 
@@ -84,19 +82,20 @@ def decode(data: bytes, weights: Tensors, rest: Tensors, known: Masks | None = N
     if about["known"] not in ("", expected):
         raise InputError("the payload changes other masks than those that are known: ask for one with whole masks")
     scales, numbers = _numbers(about["scales"]), _numbers(about["numbers"])
-    found, masks, directions = {}, {}, {}
+    masks = {name: _mask(tensors, name, weight, known) for name, weight in weights.items()}
+    sent = {name: _sent_as(weight.dtype, about["precision"]) for name, weight in weights.items()}
+    counts = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+    values = _parted(tensors, "values", {name: (sent[name], (counts[name],)) for name in weights})
+    found, directions = {}, {}
     for name, weight in weights.items():
-        masks[name] = _mask(tensors, name, weight, known)
-        kept = int(masks[name].count_nonzero())
-        values = _taken(tensors, f"values/{name}", (kept,), _sent_as(weight.dtype, about["precision"]))
-        whole = torch.zeros(weight.shape, dtype=weight.dtype)
-        whole[masks[name]] = _finite(name, values.to(weight.dtype) * scales.get(name, 1.0))
-        found[name] = whole
+        kept = values[name].to(weight.dtype) * scales.get(name, 1.0)
+        found[name] = torch.zeros(weight.shape, dtype=weight.dtype)
+        found[name][masks[name]] = _finite(name, kept)
         if f"directions/{name}" in tensors:
             directions[name] = _directions(tensors, name, masks[name])
-    others = {}
-    for name, each in rest.items():
-        others[name] = _finite(name, _taken(tensors, f"rest/{name}", each.shape, each.dtype))
+    others = _parted(tensors, "rest", {name: (each.dtype, tuple(each.shape)) for name, each in rest.items()})
+    for name, each in others.items():
+        _finite(name, each)
     if tensors:
         raise InputError(f"the payload has {sorted(tensors)[:3]}, which the model has not: it is another model's")
     if fingerprint(masks) != about["masks"]:
@@ -121,6 +120,38 @@ def parts(data: bytes) -> dict[str, int]:
         found[kinds[name.partition("/")[0]]] += each.numel() * each.element_size()
     found["container"] = len(data) - sum(found.values())
     return found
+
+
+def _joined(kind: str, parts: list[Tensor]) -> dict[str, Tensor]:
+    """Tensors one after the other, those of each dtype in one: their shapes are the model's."""
+    found: dict[str, list[Tensor]] = {}
+    for part in parts:
+        found.setdefault(_key(kind, part.dtype), []).append(part.reshape(-1))
+    return {key: torch.cat(flat) for key, flat in found.items()}
+
+
+def _parted(
+    tensors: dict[str, Tensor], kind: str, like: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> dict[str, Tensor]:
+    """The tensors of these dtypes and shapes that were joined."""
+    found: dict[str, Tensor] = {}
+    for dtype in dict.fromkeys(dtype for dtype, _ in like.values()):
+        shapes = {name: shape for name, (each, shape) in like.items() if each == dtype}
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        whole = _taken(tensors, _key(kind, dtype), (sum(sizes),), dtype)
+        found |= {name: part.view(shapes[name]) for name, part in zip(shapes, torch.split(whole, sizes), strict=True)}
+    return {name: found[name] for name in like}
+
+
+def _key(kind: str, dtype: torch.dtype) -> str:
+    return f"{kind}/{str(dtype).removeprefix('torch.')}"
+
+
+def _masked(name: str, mask: Tensor, known: Tensor | None) -> dict[str, Tensor]:
+    """A mask as a whole, or what has changed of it where that is shorter."""
+    whole, change = bits.encode(mask), None if known is None else bits.encode(mask ^ known)
+    kind, data = ("whole", whole) if change is None or len(whole) <= len(change) else ("change", change)
+    return {f"{kind}/{name}": _bytes(data)}
 
 
 def _directed(name: str, direction: Tensor, mask: Tensor) -> dict[str, Tensor]:

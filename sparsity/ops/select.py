@@ -8,6 +8,7 @@ from torch import Tensor
 
 CHUNK = 1 << 18  # elements looked at together: what bounds the extra memory
 DIGIT = 16  # bits of a float resolved by one pass
+SMALL = 1 << 15  # elements that a selection is faster for
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -46,11 +47,19 @@ def largest(tensor: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.zeros_like(tensor, dtype=torch.bool)
     values = tensor.reshape(-1)
-    threshold = kth_largest([values], count).to(tensor.device)
+    threshold = _threshold(values, count)
     mask = values > threshold
     ties = (values == threshold).nonzero().squeeze(1)
     mask[ties[: count - int(mask.count_nonzero())]] = True
     return mask.view(tensor.shape)
+
+
+def _threshold(values: Tensor, count: int) -> Tensor:
+    # The histograms of a small tensor are longer than it is.
+    fits = values.is_cpu and 1 <= count <= values.numel() <= SMALL
+    if fits and values.dtype in (torch.float32, torch.float64):
+        return values.kthvalue(values.numel() - count + 1).values
+    return kth_largest([values], count).to(values.device)
 
 
 def _histogram(tensor: Tensor, dtype: torch.dtype, shift: int, prefix: int | None) -> Tensor:
