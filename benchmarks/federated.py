@@ -1,0 +1,193 @@
+"""Accuracy against rounds and against bytes: sparse federated methods beside dense ones, on non-IID clients.
+
+    python -m benchmarks.federated mnist --data data/mnist
+    python -m benchmarks.federated cifar10 --data data/cifar10
+
+100 clients, 10 of them in a round, two epochs each, 100 rounds, plain averages; the networks and the other settings are
+those of FedDST's code, whose clients train five epochs in 400 rounds. Every run has the same clients, the same rounds and
+the same order of batches for its seed. A tenth of the training images is held out: curves are of these. The test set is
+read once, after the last round. Results are kept as they come; a call that is repeated runs what is missing.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from rich.progress import track
+from torch import nn
+
+from callbacks import FedDST, FedSGC, PruneFL, StaticMask
+from sparsity import data, models
+from sparsity.congruent import Congruity, GradientCongruity
+from sparsity.data.images import Images
+from sparsity.federated import Dirichlet, FedAvg, Federation, Local, Pathological, Protocol, simulate
+from sparsity.federated.partition import Partition
+from sparsity.federated.report import figure
+from sparsity.schedules import CosineDrop
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Setting(NamedTuple):
+    """A network, its data, and a protocol."""
+
+    network: Callable[[], nn.Module]
+    images: Callable[[str | None], Images]
+    rounds: int
+    rate: float
+
+
+SETTINGS = {
+    "mnist": Setting(models.FedMNISTNet, lambda folder: data.MNIST(folder, 50), 100, 0.01),
+    "cifar10": Setting(models.FedCIFARNet, lambda folder: data.CIFAR10(folder, 50, augment=False), 100, 0.01),
+}
+PARTITIONS: dict[str, Callable[[], Partition]] = {
+    "two classes": lambda: Pathological(2),
+    "Dirichlet 0.1": lambda: Dirichlet(0.1),
+    "Dirichlet 0.5": lambda: Dirichlet(0.5),
+}
+
+
+def moves() -> CosineDrop:
+    return CosineDrop(0.1, 10, 2 / 3)
+
+
+Method = Callable[[float], Any]
+METHODS: dict[str, tuple[Method, Protocol]] = {
+    "FedAvg": (lambda _: None, Protocol(Local(2))),
+    "FedProx": (lambda _: None, Protocol(Local(2, proximal=0.1))),
+    "static": (lambda sparsity: StaticMask(sparsity), Protocol(Local(2))),
+    "PruneFL": (lambda sparsity: PruneFL(sparsity, CosineDrop(0.3, 25, 1.0)), Protocol(Local(2))),
+    "FedDST": (lambda sparsity: FedDST(sparsity, moves()), Protocol(Local(2))),
+    "FedSGC, 0.1": (lambda sparsity: FedSGC(sparsity, Congruity(0.1), moves()), Protocol(Local(2))),
+    "FedSGC, 0.4": (lambda sparsity: FedSGC(sparsity, Congruity(0.4), moves()), Protocol(Local(2))),
+    "FedSGC, 1": (lambda sparsity: FedSGC(sparsity, Congruity(1.0), moves()), Protocol(Local(2))),
+    "FedSGC, by gradient": (lambda sparsity: FedSGC(sparsity, GradientCongruity(0.4), moves()), Protocol(Local(2))),
+    "FedSGC, residual": (
+        lambda sparsity: FedSGC(sparsity, Congruity(0.4), moves()), Protocol(Local(2), FedAvg(residual=True))
+    ),
+}  # fmt: skip
+DENSE = ("FedAvg", "FedProx")
+
+
+class Trained(models.Classifier):
+    """SGD with momentum, as in FedDST's code."""
+
+    def __init__(self, net: nn.Module, rate: float) -> None:
+        super().__init__(net)
+        self.rate = rate
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), self.rate, momentum=0.9, weight_decay=1e-3)
+
+
+Case = tuple[str, str, float, int]  # partition, method, sparsity, seed
+
+
+def run(name: str, case: Case, folder: str | None) -> dict[str, Any]:
+    """One federation, trained and tested."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    setting, (split, method, sparsity, seed) = SETTINGS[name], case
+    pl.seed_everything(seed, verbose=False)
+    make, protocol = METHODS[method]
+    outcome = simulate(
+        Trained(setting.network(), setting.rate), setting.images(folder), make(sparsity),
+        Federation(100, 10, setting.rounds, PARTITIONS[split]()), protocol, seed=seed,
+    )  # fmt: skip
+    kept = ("round", "accuracy", "bytes_up", "bytes_down", "clients", "failures")
+    return {
+        "partition": split, "method": method, "sparsity": sparsity, "seed": seed,
+        **{name: round(value, 6) for name, value in outcome.metrics.items()},
+        "bytes": sum(row["bytes_up"] + row["bytes_down"] for row in outcome.rows),
+        "rows": [{name: row[name] for name in kept} for row in outcome.rows],
+    }  # fmt: skip
+
+
+def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds, and the bytes in parts of dense FedAvg's."""
+    result = []
+    for split, method, sparsity in dict.fromkeys((run["partition"], run["method"], run["sparsity"]) for run in runs):
+        mine = [run for run in runs if (run["partition"], run["method"], run["sparsity"]) == (split, method, sparsity)]
+        dense = [run["bytes"] for run in runs if run["method"] == "FedAvg" and run["partition"] == split]
+        accuracies = [run["test/acc"] for run in mine]
+        sent = statistics.mean(run["bytes"] for run in mine)
+        result.append({
+            "partition": split, "method": method, "sparsity": sparsity, "seeds": len(mine),
+            "test_acc_mean": statistics.mean(accuracies),
+            "test_acc_std": statistics.stdev(accuracies) if len(mine) > 1 else None,
+            "megabytes": sent / 1e6, "of_fedavg": sent / statistics.mean(dense) if dense else None,
+        })  # fmt: skip
+    return result
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The summary in Markdown."""
+    lines = ["| clients | method | zeros | test accuracy | MB | of FedAvg's |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        spread = "" if row["test_acc_std"] is None else f" ± {100 * row['test_acc_std']:.2f}"
+        share = "" if row["of_fedavg"] is None else f"{row['of_fedavg']:.3f}"
+        lines.append(
+            f"| {row['partition']} | {row['method']} | {100 * row['sparsity']:g} % | "
+            f"{100 * row['test_acc_mean']:.2f}{spread} | {row['megabytes']:.1f} | {share} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("--data", help="a folder of parquet files; downloaded if not given")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--partitions", nargs="+", choices=PARTITIONS, default=list(PARTITIONS))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.8])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    options = parser.parse_args()
+    path = RESULTS / f"federated_{options.setting}.json"
+    runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
+    known = {(row["partition"], row["method"], row["sparsity"], row["seed"]) for row in runs}
+    cases = [
+        (split, method, sparsity, seed) for seed in options.seeds for split in options.partitions
+        for method in options.methods for sparsity in ([0.0] if method in DENSE else options.sparsities)
+    ]  # fmt: skip
+    with ProcessPoolExecutor(options.jobs, max_tasks_per_child=4) as pool:
+        jobs = [pool.submit(run, options.setting, case, options.data) for case in cases if case not in known]
+        for done in track(as_completed(jobs), total=len(jobs), description=options.setting):
+            runs.append(done.result())
+            save(path, options.setting, runs)
+    print(table(save(path, options.setting, runs)["summary"]))
+    draw(path, runs)
+
+
+def draw(path: Path, runs: list[dict[str, Any]]) -> None:
+    """A figure for each partition, at the highest sparsity, of the first seed."""
+    for split in dict.fromkeys(row["partition"] for row in runs):
+        mine = [row for row in runs if row["partition"] == split and row["seed"] == runs[0]["seed"]]
+        highest = max(row["sparsity"] for row in mine)
+        curves = {row["method"]: row["rows"] for row in mine if row["sparsity"] in (0.0, highest)}
+        name = f"{path.stem}_{split.replace(' ', '_').replace('.', '')}.png"
+        figure(curves).savefig(path.with_name(name), dpi=110)
+
+
+def save(path: Path, name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    splits, methods = list(PARTITIONS), list(METHODS)
+    runs.sort(key=lambda r: (splits.index(r["partition"]), r["sparsity"], methods.index(r["method"]), r["seed"]))
+    setting = SETTINGS[name]
+    about = {"setting": name, "rounds": setting.rounds, "rate": setting.rate, "torch": torch.__version__}
+    result = {**about, "summary": summary(runs), "runs": runs}
+    path.write_text(json.dumps(result) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
