@@ -3,9 +3,9 @@
     python -m benchmarks.federated mnist --data data/mnist
     python -m benchmarks.federated cifar10 --data data/cifar10
 
-100 clients, 10 of them in a round, two epochs each, 100 rounds, plain averages; the networks and the other settings are
-those of FedDST's code, whose clients train five epochs in 400 rounds. Every run has the same clients, the same rounds and
-the same order of batches for its seed. A tenth of the training images is held out: curves are of these. The test set is
+100 clients, 10 of them in a round, two epochs each, 100 rounds, plain averages; networks and other settings are
+those of FedDST's code, whose clients train five epochs in 400 rounds. Every run has the same clients, rounds and
+order of batches for its seed. A tenth of the training images is held out: curves are of these. The test set is
 read once, after the last round. Results are kept as they come; a call that is repeated runs what is missing.
 """
 
