@@ -22,16 +22,19 @@ class Exact:
         self.upper = torch.zeros(size, dtype=torch.int64)
         self.lower = torch.zeros(size, dtype=torch.int64)
         self._added = 0
+        # Memory that is used again: new pages for each addend would take longer than adding it.
+        self._addend, self._whole = (torch.empty(size, dtype=torch.float64) for _ in range(2))
+        self._integers = torch.empty(size, dtype=torch.int64)
 
     def add(self, values: Tensor, times: int = 1) -> None:
         """Adds so many times the values, float of [size]; raises `InputError` where one is too large or not finite."""
-        addend = values.double() * (times * 2.0**UPPER)
+        addend = self._addend.copy_(values).mul_(times * 2.0**UPPER)
         lowest, highest = addend.aminmax()  # of which a NaN makes NaN
         if not (float(lowest) > -LARGEST * 2.0**UPPER and float(highest) < LARGEST * 2.0**UPPER):
             raise InputError(f"a value to add, times {times}, is not below {LARGEST:g}, or is NaN: it is left out")
-        whole = addend.floor()
-        self.upper += whole.long()
-        self.lower += addend.sub_(whole).mul_(2.0**LOWER).round_().long()
+        whole = torch.floor(addend, out=self._whole)
+        self.upper += self._integers.copy_(whole)
+        self.lower += self._integers.copy_(addend.sub_(whole).mul_(2.0**LOWER).round_())
         self._added += 1
         if self._added % EVERY == 0:
             self.carry()

@@ -31,6 +31,9 @@ class Layout:
         self.sizes = [each.numel() for each in self.tensors.values()]
         self.masked = sum(self.tensors[name].numel() for name in names)  # so many of the first have masks
         self.size = sum(self.sizes)
+        # Counters and double precision need a float64 for each; of all else a float32 loses nothing.
+        narrow = all(each.is_floating_point() and each.dtype.itemsize <= 4 for each in self.tensors.values())
+        self.dtype = torch.float32 if narrow else torch.float64
         kinds = [torch.full((each.numel(),), isinstance(each, nn.Parameter)) for each in self.tensors.values()]
         self.learned = torch.cat(kinds)  # bool of [size]: parameters, not buffers
 
@@ -47,7 +50,7 @@ class Layout:
 
     @torch.no_grad()
     def read(self) -> Tensor:
-        """The model's state, float64 of [size] on the CPU."""
+        """The model's state, of [size] on the CPU, in the layout's dtype."""
         return self.join(self.tensors)
 
     @torch.no_grad()
@@ -57,9 +60,9 @@ class Layout:
             self.tensors[name].copy_(value)
 
     def join(self, tensors: Tensors) -> Tensor:
-        """Tensors by name as one vector, float64 on the CPU; in the layout's order, and only those that it has."""
-        parts = [tensors[name].detach().reshape(-1).cpu().double() for name in self.tensors if name in tensors]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        """Tensors by name as one vector on the CPU; in the layout's order, and only those that it has."""
+        parts = [tensors[name].detach().reshape(-1).cpu().to(self.dtype) for name in self.tensors if name in tensors]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=self.dtype)
 
     def split(self, values: Tensor) -> Tensors:
         """A vector as tensors of the model's shapes and dtypes, on the CPU."""

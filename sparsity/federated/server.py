@@ -244,7 +244,7 @@ class FedLAW(FedAvg):
                 adam.zero_grad()
                 with torch.enable_grad():
                     # The slope of the loss along the mean is all that its two parameters need of the model.
-                    (_weighted(values, kept, logits, log_gamma, layout) @ slope).backward()  # type: ignore[no-untyped-call]
+                    (_weighted(values, kept, logits, log_gamma, layout) @ slope.double()).backward()  # type: ignore[no-untyped-call]
                 adam.step()
         return _weighted(values, kept, logits, log_gamma, layout).detach(), kept.any(0)
 
@@ -302,4 +302,4 @@ def _stacked(updates: list[Update], layout: Layout) -> tuple[Tensor, Tensor]:
     """All values, and which count: float64 and bool of [clients, size]."""
     everywhere = torch.ones(layout.size - layout.masked, dtype=torch.bool)
     kept = torch.stack([torch.cat([update.mask, everywhere]) for update in updates])
-    return torch.stack([update.values for update in updates]), kept
+    return torch.stack([update.values.double() for update in updates]), kept

@@ -18,7 +18,7 @@ VERSIONS = 8  # masks that are remembered for clients that have them
 class State:
     """The server's side of a federation between two rounds.
 
-    values: the model's state as a vector (`Layout`), float64 of [size], exactly as the model's dtypes hold it. mask:
+    values: the model's state as a vector (`Layout`), of [size], exactly as the model's dtypes hold it. mask:
     bool of [masked]. directions: int8 of [masked], of the last global step. moments: the server optimizer's, by name.
     controls: SCAFFOLD's, the server's under -1 and each client's under its number. version: the round that the mask
     came with. renewed: the step of the last renewal that the server has made. known: the version that each client has;
