@@ -16,7 +16,8 @@ class FedSGC(Sparsify):
     Shi et al., "Gradient-congruity guided federated sparse training" (arXiv 2405.01189). The paper's tables were not
     available: the rule follows its abstract and public code of its first author, with exact counts. Of the weights that
     a layer drops, a part are the smallest whose direction of late is opposite to that of the last global step; of those
-    that it grows, a part first where they agree. The rest go by magnitude and gradient, as in FedDST.
+    that it grows, a part first where they agree. The rest go by magnitude and gradient, as in FedDST. The server of the
+    paper counts clients that did not take part with the last weights: `FedAvg(residual=True)`.
 
     In a federation times are rounds: every 20 rounds up to two thirds of training, 10 % at first and fewer along a
     cosine. In a client's own trainer they are steps, and `sparsifier.receive` takes the server's masks and directions

@@ -10,6 +10,7 @@ from sparsity.congruent import Congruent
 from sparsity.constant import Kept
 from sparsity.dynamic import Dynamic
 from sparsity.errors import InputError
+from sparsity.federated.chance import seed_all
 from sparsity.federated.client import Local, Task, within
 from sparsity.federated.federation import Federation, fingerprint, seed_of
 from sparsity.federated.partition import labels_of
@@ -194,7 +195,7 @@ class Coordinator:
     def _slopes(self, where: Callable[[], Tensor]) -> Iterator[Tensor]:
         """The slope of the loss at the values that `where` gives, for each batch of the server's own samples."""
         layout, model = self.site.layout, self.site.model
-        torch.manual_seed(self.seed_of(self.federation.clients))  # that of nobody
+        seed_all(self.seed_of(self.federation.clients))  # that of nobody
         for number, batch in enumerate(self.source.batches(self.own)):
             layout.write(where())
             model.zero_grad()
@@ -231,6 +232,11 @@ class Coordinator:
         after.mask, after.values, after.renewed = self.site.mask, layout.read(), sparsifier.renewed
 
 
+def blank(client: int, sent: Messages) -> Row:
+    """What there is to say of a client that has been sent its task and has not answered yet."""
+    return {"client": client, "down": sum(map(len, sent)), "up": 0, "masks": 0, "bound": 0.0, "failure": None}
+
+
 def _check_first(notes: list[Row]) -> None:
     """Raises `InputError` where every client has failed for one reason: the code, rather than a client, is wrong."""
     reasons = {note["failure"] for note in notes}
@@ -244,7 +250,8 @@ def _row(number: int, notes: list[Row], after: State, sums: Sums, dense: int) ->
         "round": number, "accuracy": None, "clients": sums.clients, "failures": len(failed), "reasons": failed,
         "bytes_down": sum(note["down"] for note in notes), "bytes_up": sum(note["up"] for note in notes),
         "bytes_dense": dense * (len(notes) + sum(note["up"] > 0 for note in notes)),
-        "mask_bound_up": round(sum(note["bound"] for note in notes)),
+        "bytes_masks_up": sum(note["masks"] for note in notes),
+        "bound_masks_up": round(sum(note["bound"] for note in notes)),
         "density": int(after.mask.count_nonzero()) / len(after.mask) if len(after.mask) else 1.0,
     }  # fmt: skip
 

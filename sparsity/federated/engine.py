@@ -3,7 +3,7 @@
 import time
 
 from sparsity.federated.client import client_update
-from sparsity.federated.coordinator import Coordinator, Row
+from sparsity.federated.coordinator import Coordinator, Row, blank
 from sparsity.federated.crew import Crew
 from sparsity.federated.federation import share
 from sparsity.federated.scouting import fixed, scouted
@@ -55,7 +55,7 @@ class Engine:
         """Sends the task to a client, lets it train, and looks at what comes back."""
         server, tolerance = self.server, self.server.protocol.tolerance
         messages, task = server.outgoing(client)
-        note: Row = {"client": client, "down": sum(map(len, messages)), "up": 0, "bound": 0.0, "failure": None}
+        note = blank(client, messages)
         seed = server.seed_of(client)
         try:
             if tolerance.drops(seed):
@@ -64,7 +64,7 @@ class Engine:
                 server.site, task, server.source, server.trained[client], seed, server.protocol.local, tolerance.timeout
             )
             answer = server.wire.answer(update, task)
-            note |= {"up": sum(map(len, answer)), "bound": server.wire.bound(update.mask, task.mask)}
+            note |= server.wire.weighed(answer, update.mask, task.mask)
             if not server.wire.rounds(update):  # what would be read is what was written
                 return note, server.accepted(client, update)
             return note, server.incoming(client, answer, task)

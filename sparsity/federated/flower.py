@@ -14,7 +14,7 @@ import torch
 
 from sparsity.errors import InputError
 from sparsity.federated.client import Task, client_update, within
-from sparsity.federated.coordinator import Coordinator, Protocol, Row, check
+from sparsity.federated.coordinator import Coordinator, Protocol, Row, blank, check
 from sparsity.federated.federation import Federation
 from sparsity.federated.simulation import Outcome, Running, drive
 from sparsity.federated.site import Site
@@ -161,7 +161,7 @@ class FlowerEngine:
         messages = []
         for client in server.chosen():
             sent, tasks[client] = server.outgoing(client)
-            notes[client] = _note(client, sum(map(len, sent)), "Dropped: did not answer")
+            notes[client] = blank(client, sent) | {"failure": "Dropped: did not answer"}
             if not server.protocol.tolerance.drops(server.seed_of(client)):
                 content = RecordDict({SECTION: _written(sent, tasks[client], server.seed_of(client))})
                 messages.append(Message(content, self._node(client), "train", group_id=str(server.number)))
@@ -187,7 +187,7 @@ class FlowerEngine:
                 return None
             note["up"] = sum(map(len, answer))
             update = self.server.incoming(client, answer, task)
-            note["bound"] = self.server.wire.bound(update.mask, task.mask)
+            note |= self.server.wire.weighed(answer, update.mask, task.mask)
             return update
         except Exception as error:  # whatever it is, the round goes on without this client, and says why
             note["failure"] = f"{type(error).__name__}: {error}"
@@ -222,10 +222,6 @@ class _Given:
 
 def _client(context: Context) -> int:
     return int(context.node_config["partition-id"])
-
-
-def _note(client: int, down: int, failure: str | None) -> Row:
-    return {"client": client, "down": down, "up": 0, "bound": 0.0, "failure": failure}
 
 
 def _written(messages: list[bytes], task: Task, seed: int) -> ConfigRecord:

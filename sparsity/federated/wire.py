@@ -79,10 +79,14 @@ class Wire:
         wide = any(each.dtype.itemsize > 4 and each.is_floating_point() for each in self.layout.tensors.values())
         return self.precision != "float32" or wide or bool(update.more)
 
-    def bound(self, mask: Tensor, known: Tensor | None) -> float:
-        """The fewest bytes that the message of a mask takes on average."""
+    def weighed(self, messages: Messages, mask: Tensor, known: Tensor) -> dict[str, float]:
+        """How long an answer is, how much of it says the mask, and the fewest bytes that this takes on average."""
         masks, theirs = self._masks(mask, known)
-        return 0.0 if masks is theirs else payload.bound(masks, theirs)
+        same = masks is theirs
+        return {
+            "up": sum(map(len, messages)), "masks": 0 if same else payload.parts(messages[0])["masks"],
+            "bound": 0.0 if same else payload.bound(masks, theirs),
+        }  # fmt: skip
 
     def _masks(self, mask: Tensor, known: Tensor | None) -> tuple[Masks, Masks | None]:
         """Both by name; the same object where they are the same masks."""

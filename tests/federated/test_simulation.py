@@ -215,7 +215,7 @@ def test_scouts_decide_how_dense_layers_are_and_their_masks_stay() -> None:
     other.sparsifier.attach(net, torch.optim.SGD(net.parameters(), 0.1, 0.9), horizon=Horizon(6, 1))
     assert found != masks.counts(other.sparsifier.masks), "not what they began with"
     assert len({row["density"] for row in outcome.rows}) == 1
-    assert sum(row["mask_bound_up"] for row in outcome.rows) == 0
+    assert sum(row["bound_masks_up"] for row in outcome.rows) == 0
 
 
 def test_a_proximal_term_holds_clients_back() -> None:
@@ -437,7 +437,7 @@ def test_without_a_validation_split_there_is_no_accuracy(tmp_path: Path) -> None
 
 def test_clients_do_not_prune_where_the_server_does() -> None:
     outcome = run(GMP(0.8, Cubic(0, 3, 1)))
-    assert sum(row["mask_bound_up"] for row in outcome.rows) == 0
+    assert sum(row["bound_masks_up"] for row in outcome.rows) == 0
 
 
 def test_frozen_layers_keep_their_masks() -> None:
