@@ -1,12 +1,13 @@
 """What the embedded engine costs beside the training of its clients, and what the codec of masks does.
 
-    python -m benchmarks.federation                # Flower's row needs pip install .[federated]
+    python -m benchmarks.federation                # rows of Flower and of pfl where these are installed
 
 Engine: a network of 19,340 parameters, two steps of plain SGD for each client, one process of one thread; `bare` is a
 plain loop with the same steps that copies the global weights in and adds the client's up. Flower has two actors.
 Memory is the highest of all processes, of 1,000 clients with 100 in a round. The codec's masks are random.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -132,6 +133,56 @@ def flower(clients: int = CLIENTS) -> float | None:
     return float(min(row["seconds"] for row in outcome.rows[2:]))
 
 
+def pfl(clients: int = CLIENTS) -> float | None:
+    """Seconds of a round of pfl-research, which encodes nothing, in this process."""
+    if not find_spec("pfl"):
+        return None
+    from pfl.aggregate.simulate import SimulatedBackend
+    from pfl.algorithm.base import NNAlgorithmParams
+    from pfl.algorithm.federated_averaging import FederatedAveraging
+    from pfl.callback.base import TrainingProcessCallback
+    from pfl.data.federated_dataset import FederatedDataset
+    from pfl.data.pytorch import PyTorchTensorDataset
+    from pfl.data.sampling import MinimizeReuseUserSampler
+    from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
+    from pfl.metrics import Metrics
+    from pfl.model.pytorch import PyTorchModel
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net().net
+
+        def loss(self, x: Tensor, y: Tensor, is_eval: bool = False) -> Tensor:
+            return nn.functional.cross_entropy(self.net(x), y)
+
+        def metrics(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+            return {}
+
+    times = [time.perf_counter()]
+
+    class Clock(TrainingProcessCallback):  # type: ignore[misc]  # pfl has no types here
+        def after_central_iteration(self, *_: Any, **__: Any) -> tuple[bool, Any]:
+            times.append(time.perf_counter())
+            return False, Metrics()
+
+    data, module = Data(clients), Module()
+    parts = torch.split(torch.arange(len(data.y)), SAMPLES)
+    users = {client: (data.x[part], data.y[part]) for client, part in enumerate(parts)}
+    federated = FederatedDataset(lambda user: PyTorchTensorDataset(users[user]), MinimizeReuseUserSampler(list(users)))
+    model = PyTorchModel(module, torch.optim.SGD, torch.optim.SGD(module.parameters(), 1.0))
+    rounds = NNAlgorithmParams(
+        central_num_iterations=12, evaluation_frequency=1000, train_cohort_size=clients, val_cohort_size=0
+    )
+    local = NNTrainHyperParams(local_num_epochs=1, local_learning_rate=0.1, local_batch_size=BATCH)
+    backend = SimulatedBackend(training_data=federated, val_data=federated)
+    FederatedAveraging().run(
+        rounds, backend, model, local, NNEvalHyperParams(local_batch_size=None), [Clock()],
+        send_metrics_to_platform=False,
+    )  # fmt: skip
+    return min(after - before for before, after in itertools.pairwise(times[2:]))
+
+
 def memory() -> float:
     """GB at most in a process of its own: 1,000 clients, 100 in a round, FedSGC."""
     code = "from benchmarks.federation import many; many()"
@@ -174,14 +225,14 @@ def main() -> None:
             "bare_ms_per_client": round(1e3 * theirs / CLIENTS, 3),
             "overhead_ms": round(1e3 * (ours - theirs) / CLIENTS, 3),
         })  # fmt: skip
-    seconds = flower()
-    if seconds:
-        plain_seconds = fastest(bare())
-        rows.append({
-            "method": "dense, over Flower's Ray engine", "ms_per_client": round(1e3 * seconds / CLIENTS, 3),
-            "bare_ms_per_client": round(1e3 * plain_seconds / CLIENTS, 3),
-            "overhead_ms": round(1e3 * (seconds - plain_seconds / 2) / CLIENTS, 3),
-        })  # fmt: skip
+    for name, seconds, processes in (("dense, pfl 0.6", pfl(), 1), ("dense, over Flower's Ray engine", flower(), 2)):
+        if seconds:
+            plain_seconds = fastest(bare())
+            rows.append({
+                "method": name, "ms_per_client": round(1e3 * seconds / CLIENTS, 3),
+                "bare_ms_per_client": round(1e3 * plain_seconds / CLIENTS, 3),
+                "overhead_ms": round(1e3 * (seconds - plain_seconds / processes) / CLIENTS, 3),
+            })  # fmt: skip
     result = {
         "torch": torch.__version__, "clients": CLIENTS, "engine": rows, "memory_gb_1000_clients": memory(),
         "codec": [codec(density) for density in (0.05, 0.1, 0.2, 0.5)],

@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from sparsity.errors import InputError
-
 UPPER, LOWER = 8, 52  # bits after the point of the upper part, and how many more the lower part has
-LARGEST = 2.0**40  # of one addend; a thousand of them fit
+LARGEST = 2.0**40  # magnitude of one addend; a thousand of them fit
 EVERY = 512  # additions until the lower part is carried into the upper one
 
 
@@ -23,18 +21,14 @@ class Exact:
         self.lower = torch.zeros(size, dtype=torch.int64)
         self._added = 0
         # Memory that is used again: new pages for each addend would take longer than adding it.
-        self._addend, self._whole = (torch.empty(size, dtype=torch.float64) for _ in range(2))
+        self._addend = torch.empty(size, dtype=torch.float64)
         self._integers = torch.empty(size, dtype=torch.int64)
 
     def add(self, values: Tensor, times: int = 1) -> None:
-        """Adds so many times the values, float of [size]; raises `InputError` where one is too large or not finite."""
+        """Adds so many times the values, float of [size], all finite and that often below `LARGEST`."""
         addend = self._addend.copy_(values).mul_(times * 2.0**UPPER)
-        lowest, highest = addend.aminmax()  # of which a NaN makes NaN
-        if not (float(lowest) > -LARGEST * 2.0**UPPER and float(highest) < LARGEST * 2.0**UPPER):
-            raise InputError(f"a value to add, times {times}, is not below {LARGEST:g}, or is NaN: it is left out")
-        whole = torch.floor(addend, out=self._whole)
-        self.upper += self._integers.copy_(whole)
-        self.lower += self._integers.copy_(addend.sub_(whole).mul_(2.0**LOWER).round_())
+        self.upper += self._integers.copy_(addend)  # towards zero
+        self.lower += self._integers.copy_(addend.sub_(self._integers).mul_(2.0**LOWER).round_())
         self._added += 1
         if self._added % EVERY == 0:
             self.carry()

@@ -31,6 +31,8 @@ class Layout:
         self.sizes = [each.numel() for each in self.tensors.values()]
         self.masked = sum(self.tensors[name].numel() for name in names)  # so many of the first have masks
         self.size = sum(self.sizes)
+        self._all = [each.detach() for each in self.tensors.values()]
+        self._written: tuple[Tensor, list[Tensor]] | None = None
         # Counters and double precision need a float64 for each; of all else a float32 loses nothing.
         narrow = all(each.is_floating_point() and each.dtype.itemsize <= 4 for each in self.tensors.values())
         self.dtype = torch.float32 if narrow else torch.float64
@@ -56,8 +58,9 @@ class Layout:
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Puts a state into the model, in place; integers are rounded."""
-        for name, value in self.split(values).items():
-            self.tensors[name].copy_(value)
+        if self._written is None or self._written[0] is not values:  # all clients of a round begin with the same
+            self._written = values, list(self.split(values).values())
+        torch._foreach_copy_(self._all, self._written[1])
 
     def join(self, tensors: Tensors) -> Tensor:
         """Tensors by name as one vector on the CPU; in the layout's order, and only those that it has."""

@@ -23,6 +23,9 @@ class Wire:
 
     def __init__(self, layout: Layout, precision: str = "float32") -> None:
         self.layout, self.precision = layout, precision
+        wide = any(each.dtype.itemsize > 4 and each.is_floating_point() for each in layout.tensors.values())
+        self._rounds = precision != "float32" or wide
+        self._lengths: tuple[Tensor | None, dict[int, int]] = None, {}
 
     def send(self, task: Task, known: Tensor | None) -> Messages:
         """A task for a client that knows this mask, or none."""
@@ -74,10 +77,18 @@ class Wire:
                 vectors[name] = torch.cat([each.flatten() for each in squares.values()]).double()
         return Update(self._vector(found), layout.mask(masks), int(found.numbers.get("samples", 0)), vectors)
 
-    def rounds(self, update: Update) -> bool:
-        """Whether reading an answer gives anything else than what was written."""
-        wide = any(each.dtype.itemsize > 4 and each.is_floating_point() for each in self.layout.tensors.values())
-        return self.precision != "float32" or wide or bool(update.more)
+    def plain(self, update: Update, task: Task) -> bool:
+        """Whether an answer says nothing but values, which come back as they are: its length is known before."""
+        return not self._rounds and not update.more and torch.equal(update.mask, task.mask)
+
+    def length(self, update: Update, task: Task) -> int:
+        """How long a plain answer is: encoded once for each task and number of samples, whatever its values."""
+        if self._lengths[0] is not task.mask:
+            self._lengths = task.mask, {}
+        lengths = self._lengths[1]
+        if update.samples not in lengths:
+            lengths[update.samples] = sum(map(len, self.answer(update, task)))
+        return lengths[update.samples]
 
     def weighed(self, messages: Messages, mask: Tensor, known: Tensor) -> dict[str, float]:
         """How long an answer is, how much of it says the mask, and the fewest bytes that this takes on average."""

@@ -10,8 +10,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from callbacks import StaticMask
 from sparsity import InputError, masks
+from sparsity.federated.client import Task
 from sparsity.federated.payload import DIGEST, Payload, bound, decode, encode, parts
+from sparsity.federated.server import Update
+from sparsity.federated.site import Site
+from sparsity.federated.wire import Wire
+from tests.federated.small import model
 
 SHAPES = {"one.weight": (40, 30), "two.weight": (8, 4, 3, 3)}
 
@@ -177,3 +183,22 @@ def test_a_payload_of_another_model_or_state_is_refused() -> None:
         decode(sealed(len(nothing).to_bytes(8, "little") + nothing), {}, {})
     with pytest.raises(InputError, match="precision must be one of"):
         encode(payload, found, precision="bfloat16")
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_the_length_of_a_plain_answer_does_not_depend_on_its_values(pruned: bool) -> None:
+    site = Site(model(norm=False), StaticMask(0.5).sparsifier if pruned else None, 4, 1)
+    wire = Wire(site.layout)
+    task = Task(site.layout.read(), site.mask, 1)
+    kept = torch.cat([site.mask, torch.ones(site.layout.size - site.layout.masked, dtype=torch.bool)])
+    for samples in (7, 12, 1234):
+        for scale in (0.0, 1e-30, 1.0, 1e30):
+            values = torch.randn(site.layout.size) * scale * kept
+            update = Update(values, site.mask, samples)
+            assert wire.plain(update, task)
+            assert wire.length(update, task) == sum(map(len, wire.answer(update, task)))
+    other = site.mask.clone()
+    other[0] = ~other[0]
+    assert not wire.plain(Update(values, other, 7), task)
+    assert not Wire(site.layout, "int8").plain(update, task)
+    site.close()
