@@ -32,6 +32,7 @@ class Layout:
         self.masked = sum(self.tensors[name].numel() for name in names)  # so many of the first have masks
         self.size = sum(self.sizes)
         self._all = [each.detach() for each in self.tensors.values()]
+        self._alike = all(each.dtype == self._all[0].dtype for each in self._all)
         self._written: tuple[Tensor, list[Tensor]] | None = None
         # Counters and double precision need a float64 for each; of all else a float32 loses nothing.
         narrow = all(each.is_floating_point() and each.dtype.itemsize <= 4 for each in self.tensors.values())
@@ -53,6 +54,8 @@ class Layout:
     @torch.no_grad()
     def read(self) -> Tensor:
         """The model's state, of [size] on the CPU, in the layout's dtype."""
+        if self._alike:
+            return torch.cat([each.reshape(-1) for each in self._all]).cpu().to(self.dtype)
         return self.join(self.tensors)
 
     @torch.no_grad()

@@ -41,13 +41,15 @@ class Site:
         if sparsifier is not None:
             self.attach(sparsifier)
         self.layout = Layout(model, sparsifier.masks if sparsifier else _matrices(model))
+        self._everything = torch.ones(self.layout.masked, dtype=torch.bool)
+        self._parameters = list(model.parameters())
         self.log = Log(model)
 
     @property
     def mask(self) -> Tensor:
         """The present masks as a vector; all True where nothing prunes."""
         if self.sparsifier is None:
-            return torch.ones(self.layout.masked, dtype=torch.bool)
+            return self._everything
         return self.layout.mask(self.sparsifier.masks)
 
     def attach(self, sparsifier: Sparsifier) -> None:
@@ -72,7 +74,8 @@ class Site:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
         self.optimizer.state.clear()
-        self.model.zero_grad()
+        for parameter in self._parameters:
+            parameter.grad = None
         for buffer, value in self._own:
             buffer.copy_(value)
         self._restore_modes()
@@ -109,7 +112,8 @@ class Site:
 
     def _restore_modes(self) -> None:
         for module, training in self._modes.items():
-            module.training = training
+            if module.training != training:  # modules are slow to set
+                module.training = training
 
     def _step_schedule(self) -> None:
         # A schedule warns where no step of its optimizer came first, and those of clients are steps of fresh ones.

@@ -77,8 +77,8 @@ class Source:
         return at_once(places) if at_once else [self.dataset[place] for place in places]  # type: ignore[index]  # map-style
 
     def _moved(self, batch: Any, stage: str) -> Any:
-        vars(self._stage).update(training=False, validating=False, testing=False)
-        setattr(self._stage, stage, True)
+        if not getattr(self._stage, stage):
+            vars(self._stage).update({each: each == stage for each in vars(self._stage)})
         batch = self.data.on_before_batch_transfer(batch, 0)
         if self.device.type != "cpu":
             batch = self.data.transfer_batch_to_device(batch, self.device, 0)

@@ -79,7 +79,7 @@ class Wire:
 
     def plain(self, update: Update, task: Task) -> bool:
         """Whether an answer says nothing but values, which come back as they are: its length is known before."""
-        return not self._rounds and not update.more and torch.equal(update.mask, task.mask)
+        return not self._rounds and not update.more and _same(update.mask, task.mask)
 
     def length(self, update: Update, task: Task) -> int:
         """How long a plain answer is: encoded once for each task and number of samples, whatever its values."""
@@ -104,7 +104,7 @@ class Wire:
         masks = self.layout.masks(mask)
         if known is None:
             return masks, None
-        return masks, masks if torch.equal(mask, known) else self.layout.masks(known)
+        return masks, masks if _same(mask, known) else self.layout.masks(known)
 
     def _whole(self, vector: Tensor, masks: Masks) -> bytes:
         return payload.encode(Payload(*self.layout.both(vector)), masks, masks)
@@ -114,3 +114,7 @@ class Wire:
 
     def _squares(self, vector: Tensor) -> dict[str, Tensor]:
         return {f"squares/{name}": each.float() for name, each in self.layout.masks(vector).items()}
+
+
+def _same(mask: Tensor, other: Tensor) -> bool:
+    return mask is other or torch.equal(mask, other)
