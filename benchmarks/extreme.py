@@ -34,7 +34,7 @@ from sparsity.data.images import Images
 from sparsity.distributions import Global
 from sparsity.initial import SynFlow
 from sparsity.lottery import Particles
-from sparsity.penalties import HyperSparsity, Lasso
+from sparsity.penalties import HyperSparsity, Lasso, Penalty
 from sparsity.schedules import CosineDrop, Cubic, Iterative
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,6 +48,7 @@ class Setting(NamedTuple):
     images: Callable[[str | None], Images]
     epochs: int
     penalty: tuple[float, float]  # strength and growth of HyperSparse's
+    fine_tune: float  # the part of its epochs that are left to fine-tuning
     prunings: tuple[int, int]  # of iterative magnitude pruning, and of SWAMP
 
 
@@ -64,16 +65,19 @@ def strided() -> nn.Module:
 
 
 SETTINGS = {
-    "lenet300": Setting(models.LeNet300100, mnist, 21, (1e-4, 2.0), (4, 4)),
-    "strided": Setting(strided, cifar10, 13, (1e-4, 2.0), (3, 2)),
+    "lenet300": Setting(models.LeNet300100, mnist, 21, (1e-4, 2.0), 0.6, (4, 4)),
+    "strided": Setting(strided, cifar10, 13, (1e-4, 2.0), 0.4, (3, 2)),
 }
 RATE = 0.1
-PHASES = Phases(0.1, 0.6)
 
 
 def each_round(sparsity: float, prunings: int) -> float:
     """What each pruning takes of what remains, so that as many reach the sparsity."""
     return 1 - math.exp(math.log(1 - sparsity) / prunings)
+
+
+def regularised(sparsity: float, penalty: Penalty, setting: Setting) -> HyperSparse:
+    return HyperSparse(sparsity, penalty, Phases(0.1, setting.fine_tune))
 
 
 METHODS: dict[str, Callable[[float, Setting], Sparsify]] = {
@@ -89,8 +93,8 @@ METHODS: dict[str, Callable[[float, Setting], Sparsify]] = {
     "SWAMP": lambda sparsity, setting: SWAMP(
         sparsity, each_round(sparsity, setting.prunings[1]), "1ep", Particles(2, 0.25)
     ),
-    "HyperSparse": lambda sparsity, setting: HyperSparse(sparsity, HyperSparsity(*setting.penalty), PHASES),
-    "L1 in its place": lambda sparsity, setting: HyperSparse(sparsity, Lasso(*setting.penalty), PHASES),
+    "HyperSparse": lambda sparsity, setting: regularised(sparsity, HyperSparsity(*setting.penalty), setting),
+    "L1 in its place": lambda sparsity, setting: regularised(sparsity, Lasso(*setting.penalty), setting),
 }  # fmt: skip
 
 
@@ -255,7 +259,7 @@ def save(path: Path, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     rows.sort(key=lambda row: (order.index(row["method"]), row["sparsity"], row["seed"]))
     setting = SETTINGS[name]
     about = {"setting": name, "epochs": setting.epochs, "rate": RATE, "penalty": setting.penalty,
-             "prunings": setting.prunings, "torch": torch.__version__}  # fmt: skip
+             "fine_tune": setting.fine_tune, "prunings": setting.prunings, "torch": torch.__version__}  # fmt: skip
     result = {**about, "summary": summary(rows), "runs": rows}
     path.write_text(json.dumps(result, indent=1) + "\n")
     return result

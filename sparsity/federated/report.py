@@ -23,7 +23,7 @@ def describe(outcome: Outcome) -> dict[str, Any]:
         "federated": {
             "clients": len(outcome.parts), "samples": [len(part) for part in outcome.parts],
             "bytes_up": up, "bytes_down": down, "bytes_dense": sum(row["bytes_dense"] for row in rows),
- "failures": dict(reasons.most_common()), "per_client": spread(outcome.clients),
+            "failures": dict(reasons.most_common()), "per_client": spread(outcome.clients),
             "scouting": outcome.state.scouting or None,
         },
     }  # fmt: skip
