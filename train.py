@@ -166,6 +166,16 @@ class SparseTrainer(Trainer):
             )
         if self.gradient_clip_val is not None:
             raise InputError("clients clip by protocol.local.clip: set that, not trainer.gradient_clip_val")
+        lightnings = {
+            "max_epochs": 1000, "max_steps": -1, "limit_train_batches": 1.0, "limit_val_batches": 1.0,
+            "limit_test_batches": 1.0,
+        }  # fmt: skip
+        limits = [name for name, own in lightnings.items() if getattr(self, name) not in (None, own)]
+        if limits:
+            raise InputError(
+                "clients train for federation.rounds of protocol.local.epochs, and what is measured takes all samples: "
+                f"leave out {', '.join(f'trainer.{name}={getattr(self, name)}' for name in limits)}"
+            )
 
 
 def finite(thing: Any) -> Any:

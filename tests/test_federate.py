@@ -122,6 +122,7 @@ def test_keys_can_be_overridden(change: list[str], tmp_path: Path) -> None:
     (["--resume=last"], "no federation.ckpt under"),
     (["--resume=nowhere"], "there is no federation.ckpt in 'nowhere'"),
     (["--protocol.server=SCAFFOLD"], "has to be SGD without momentum"),
+    (["--trainer.max_epochs=3", "--trainer.limit_val_batches=2"], "trainer.max_epochs=3, trainer.limit_val_batches=2"),
 ])  # fmt: skip
 def test_bad_input_ends_with_a_plain_message(
     change: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
