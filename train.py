@@ -285,7 +285,12 @@ class Recipe:
                 found.update(settings, method=method, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)))
 
         Reader.federate.__signature__ = inspect.signature(SparseTrainer.federate)  # type: ignore[attr-defined]  # a function's
-        run(Reader, ["federate", "--config", self.path, *self.overrides])
+        # Lightning would print the command line of Flower's process, in which there is a token.
+        given, sys.argv = sys.argv, sys.argv[:1]
+        try:
+            run(Reader, ["federate", "--config", self.path, *self.overrides])
+        finally:
+            sys.argv = given
         return found
 
     def __call__(self) -> tuple[Any, Any, Any]:

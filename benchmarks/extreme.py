@@ -66,7 +66,7 @@ def strided() -> nn.Module:
 
 SETTINGS = {
     "lenet300": Setting(models.LeNet300100, mnist, 21, (1e-4, 2.0), 0.6, (4, 4)),
-    "strided": Setting(strided, cifar10, 13, (1e-4, 2.0), 0.4, (3, 2)),
+    "strided": Setting(strided, cifar10, 13, (3e-4, 2.0), 0.4, (3, 2)),
 }
 RATE = 0.1
 
