@@ -4,10 +4,11 @@ from sparsity.ops.adaptive import adaptive_counts
 from sparsity.ops.finite import all_finite
 from sparsity.ops.gumbel import best_nm_mask, candidates, gumbel_nm_gradient, gumbel_nm_mask
 from sparsity.ops.keep import keep_
+from sparsity.ops.linear import compressed, decompressed, sparse_linear
 from sparsity.ops.precision import whole_digits
 from sparsity.ops.select import kth_largest, largest
 
 __all__ = [
-    "adaptive_counts", "all_finite", "best_nm_mask", "candidates", "gumbel_nm_gradient", "gumbel_nm_mask", "keep_",
-    "kth_largest", "largest", "whole_digits",
+    "adaptive_counts", "all_finite", "best_nm_mask", "candidates", "compressed", "decompressed", "gumbel_nm_gradient",
+    "gumbel_nm_mask", "keep_", "kth_largest", "largest", "sparse_linear", "whole_digits",
 ]  # fmt: skip
