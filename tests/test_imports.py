@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEAVES = {"errors", "ops", "version"}
 ALLOWED = {
-    "errors": set(), "version": set(), "ops": set(),
+    "errors": set(), "version": set(), "ops": set(), "convert": {"errors", "masks", "ops"},
     "shards": {"errors"}, "upkeep": {"ops", "shards"},
     "masks": {"errors", "shards"}, "targets": {"errors"}, "schedules": {"errors"},
     "scores": {"errors", "ops", "shards"},

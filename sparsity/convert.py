@@ -1,0 +1,98 @@
+"""Convert: masked layers into layers that hold their kept weights only, and back."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from sparsity.errors import InputError
+from sparsity.masks import Masks
+from sparsity.ops import compressed, decompressed, sparse_linear
+
+
+class SparseLinear(nn.Module):
+    """A linear layer of ``[in]`` to ``[out]`` that holds, and trains, its kept weights only: for fixed masks.
+
+    `values` is the parameter, so any optimizer's state is as small as it is. The arithmetic is `ops.sparse_linear`.
+    """
+
+    columns: Tensor
+    starts: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        values, columns, starts = compressed(weight.detach(), mask)
+        self.values = nn.Parameter(values)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.register_buffer("columns", columns)
+        self.register_buffer("starts", starts)
+
+    @property
+    def density(self) -> float:
+        """The kept part of the weights."""
+        return len(self.values) / max(1, self.in_features * self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix ``[out, in]``, made anew."""
+        return decompressed(self.values, self.columns, self.starts, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        return sparse_linear(x, self.values, self.columns, self.starts, self.bias)
+
+    def extra_repr(self) -> str:
+        biased = self.bias is not None
+        return f"{self.in_features}, {self.out_features}, bias={biased}, density={self.density:.4f}"
+
+
+def to_sparse(module: nn.Module, masks: Masks | None = None, density: float = 0.3) -> nn.Module:
+    """A copy of the module whose linear layers of at most this density are `SparseLinear`.
+
+    Kept is what the masks keep, by the weight's name, or else what is not zero. Layers above the density stay as they
+    are, because there a dense product is faster on most processors. So do layers whose weight another layer has, too,
+    and subclasses of `nn.Linear`, which may compute something else. Raises `InputError` for a density outside (0, 1].
+    """
+    if not 0 < density <= 1:
+        raise InputError(f"density={density} is the kept part of a layer's weights, up to which it pays, in (0, 1]")
+    masks = masks or {}
+    owners = Counter(id(weight) for layer in module.modules() for weight in layer.parameters(recurse=False))
+
+    def sparse(name: str, layer: nn.Module) -> nn.Module:
+        if type(layer) is not nn.Linear or owners[id(layer.weight)] > 1:
+            return layer
+        mask = masks.get(f"{name}.weight" if name else "weight", layer.weight != 0).to(layer.weight.device)
+        if int(mask.count_nonzero()) > density * mask.numel():
+            return layer
+        found = SparseLinear(layer.weight, layer.bias, mask)
+        found.values.requires_grad_(layer.weight.requires_grad)
+        if found.bias is not None:
+            found.bias.requires_grad_(layer.bias.requires_grad)
+        return found.train(layer.training)
+
+    return _replaced(module, sparse)
+
+
+def to_dense(module: nn.Module) -> nn.Module:
+    """A copy of the module with `nn.Linear` in place of `SparseLinear`: the same weights to the bit, and zeros."""
+
+    def dense(name: str, layer: nn.Module) -> nn.Module:
+        if not isinstance(layer, SparseLinear):
+            return layer
+        found = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        found.weight = nn.Parameter(layer.weight.detach(), layer.values.requires_grad)
+        if layer.bias is not None:
+            found.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
+        return found.train(layer.training)
+
+    return _replaced(module, dense)
+
+
+def _replaced(module: nn.Module, change: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
+    """A copy of the module with other layers where `change` gives others; a layer in two places is changed once."""
+    changed = {id(layer): change(name, layer) for name, layer in module.named_modules()}
+    kept = {id(layer) for layer in module.modules() if changed[id(layer)] is layer}
+    # What a deep copy finds in its memo it takes as the copy: other layers come in without the old ones being copied.
+    return copy.deepcopy(module, {place: layer for place, layer in changed.items() if place not in kept})
