@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsity import Sparsifier, models
+from sparsity.compact import Compact
 from sparsity.convert import to_sparse
 from sparsity.distributions import Uniform
 from sparsity.ops import compressed, kth_largest, native, sparse_linear
@@ -87,6 +88,61 @@ def layer(size: int, batch: int, density: float) -> Row:
     }  # fmt: skip
 
 
+def optimizers(size: int, sparsity: float) -> Row:
+    """A step of AdamW alone on one weight: dense, with its masks by hand, by the sparsifier, and compact."""
+    calls: dict[str, Callable[[], object]] = {}
+    bytes_of: dict[str, int] = {}
+    for kind in ("dense", "masked by hand", "sparsifier", "compact"):
+        net = nn.Linear(size, size, bias=False)
+        [weight] = net.parameters()
+        adam: torch.optim.Optimizer = torch.optim.AdamW([weight], 1e-4)
+        adam = Compact(adam) if kind == "compact" else adam
+        sparsifier = Sparsifier(sparsity)
+        sparsifier.attach(net, adam)
+        weight.grad = torch.randn(size, size)
+        calls[kind] = stepping(kind, weight, adam, sparsifier)
+        calls[kind]()
+        bytes_of[kind] = sum(each.numel() * each.element_size() for each in adam.state[weight].values())
+    return {"weights": size * size, "sparsity": sparsity, "ms": medians(calls, 2.0), "state": bytes_of}
+
+
+def stepping(
+    kind: str, weight: nn.Parameter, adam: torch.optim.Optimizer, sparsifier: Sparsifier
+) -> Callable[[], object]:
+    [mask] = sparsifier.masks.values()
+
+    def by_hand() -> None:
+        assert weight.grad is not None
+        weight.grad.mul_(mask)
+        adam.step()
+        with torch.no_grad():
+            for tensor in (weight, adam.state[weight]["exp_avg"], adam.state[weight]["exp_avg_sq"]):
+                tensor.mul_(mask)
+
+    def by_sparsifier() -> None:
+        sparsifier.update(1)
+        adam.step()
+        sparsifier.apply()
+
+    plain: dict[str, Callable[[], object]] = {"dense": lambda: adam.step(), "masked by hand": by_hand}
+    return plain.get(kind, by_sparsifier)
+
+
+def masked_network(sparsity: float) -> Row:
+    """A training step of the dense arithmetic: without masks, with them, and with a compact optimizer."""
+    calls: dict[str, Callable[[], object]] = {}
+    x, y = torch.randn(128, 1024), torch.randint(0, 10, (128,))
+    for kind in ("dense", "masked", "masked, compact"):
+        net = MLP()
+        adam: torch.optim.Optimizer = torch.optim.AdamW(net.parameters(), 1e-4)
+        adam = Compact(adam) if kind == "masked, compact" else adam
+        sparsifier = Sparsifier(sparsity, distribution=Uniform())
+        if kind != "dense":
+            sparsifier.attach(net, adam)
+        calls[kind] = training(net, x, y, adam, sparsifier if kind != "dense" else None)
+    return {"network": "MLP", "sparsity": sparsity, "ms": medians(calls, 2.0)}
+
+
 class MLP(nn.Sequential):
     """Three layers of 4096."""
 
@@ -112,7 +168,7 @@ def network(name: str, sparsity: float) -> Row:
     calls: dict[str, Callable[[], object]] = {}
     for kind, model in (("dense", net), ("sparse", sparse)):
         calls[f"{kind}, serving"] = serving(model, x)
-        calls[f"{kind}, training"] = training(model, x, y)
+        calls[f"{kind}, training"] = training(model, x, y, torch.optim.AdamW(model.parameters(), 1e-4))
     found = medians(calls, 2.0)
     return {
         "network": name, "sparsity": sparsity, "ms": found,
@@ -130,14 +186,18 @@ def serving(model: nn.Module, x: Tensor) -> Callable[[], object]:
     return run
 
 
-def training(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
-    adam = torch.optim.AdamW(model.parameters(), 1e-4)
-
+def training(
+    model: nn.Module, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, sparsifier: Sparsifier | None = None
+) -> Callable[[], object]:
     def run() -> None:
         logits = model(x)
         torch.autograd.backward(F.cross_entropy(logits.flatten(0, -2), y.flatten()))
-        adam.step()
-        adam.zero_grad(set_to_none=False)  # gradients stay where they are: kinder to large dense ones
+        if sparsifier:
+            sparsifier.update(1)
+        optimizer.step()
+        if sparsifier:
+            sparsifier.apply()
+        optimizer.zero_grad(set_to_none=False)  # gradients stay where they are: kinder to large dense ones
 
     return run
 
@@ -164,13 +224,14 @@ def main() -> None:
         "torch": torch.__version__, "threads": torch.get_num_threads(), "native": native.library() is not None,
         "capability": torch.backends.cpu.get_cpu_capability(), "selection": selection(50_000_000),
         "layers": [layer(*case) for case in track(cases, "layers")],
+        "optimizers": [optimizers(2048, s) for s in (0.9, 0.95)], "masked": masked_network(0.9),
         "networks": [network(name, s) for name in ("MLP", "GPT") for s in (0.9, 0.95)],
     }  # fmt: skip
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["selection"]))
     for what in ("forward", "step"):
         print(f"{what}\n{layers_table(result['layers'], what)}")
-    for row in result["networks"]:
+    for row in [*result["optimizers"], result["masked"], *result["networks"]]:
         print(json.dumps(row))
 
 
