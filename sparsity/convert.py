@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch import Tensor, nn
 
@@ -48,23 +48,26 @@ class SparseLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={biased}, density={self.density:.4f}"
 
 
-def to_sparse(module: nn.Module, masks: Masks | None = None, density: float = 0.3) -> nn.Module:
-    """A copy of the module whose linear layers of at most this density are `SparseLinear`.
+def to_sparse(
+    module: nn.Module, masks: Masks | None = None, density: float = 0.3, only: Collection[str] | None = None
+) -> nn.Module:
+    """A copy of the module whose linear layers of at most this density are `SparseLinear`, or `only` these, by name.
 
     Kept is what the masks keep, by the weight's name, or else what is not zero. Layers above the density stay as they
-    are, because there a dense product is faster on most processors. So do layers whose weight another layer has, too,
-    and subclasses of `nn.Linear`, which may compute something else. Raises `InputError` for a density outside (0, 1].
+    are, because there a dense product is faster on most processors; `train.py advise` measures it. Only those of
+    `linear_layers` are exchanged. Raises `InputError` for a density outside (0, 1].
     """
     if not 0 < density <= 1:
         raise InputError(f"density={density} is the kept part of a layer's weights, up to which it pays, in (0, 1]")
     masks = masks or {}
-    owners = Counter(id(weight) for layer in module.modules() for weight in layer.parameters(recurse=False))
+    names = linear_layers(module)
 
     def sparse(name: str, layer: nn.Module) -> nn.Module:
-        if type(layer) is not nn.Linear or owners[id(layer.weight)] > 1:
+        if name not in names or (only is not None and name not in only):
             return layer
+        layer = names[name]
         mask = masks.get(f"{name}.weight" if name else "weight", layer.weight != 0).to(layer.weight.device)
-        if int(mask.count_nonzero()) > density * mask.numel():
+        if only is None and int(mask.count_nonzero()) > density * mask.numel():
             return layer
         found = SparseLinear(layer.weight, layer.bias, mask)
         found.values.requires_grad_(layer.weight.requires_grad)
@@ -73,6 +76,16 @@ def to_sparse(module: nn.Module, masks: Masks | None = None, density: float = 0.
         return found.train(layer.training)
 
     return _replaced(module, sparse)
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that have a sparse form, by name.
+
+    Not subclasses of `nn.Linear`, which may compute something else, nor those whose weight another layer has, too.
+    """
+    owners = Counter(id(weight) for layer in module.modules() for weight in layer.parameters(recurse=False))
+    plain = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
+    return {name: layer for name, layer in plain.items() if owners[id(layer.weight)] == 1}
 
 
 def to_dense(module: nn.Module) -> nn.Module:
