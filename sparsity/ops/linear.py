@@ -38,7 +38,7 @@ def compressed(weight: Tensor, mask: Tensor | None = None) -> Rows:
 def decompressed(values: Tensor, columns: Tensor, starts: Tensor, width: int) -> Tensor:
     """The matrix ``[out, width]`` that `compressed` had: what all the operations here are defined by."""
     empty = values.new_zeros(len(starts) - 1, width)
-    return empty.index_put((_rows(values, starts), columns.long()), values, accumulate=True)
+    return empty.index_put((rows_of(values, starts), columns.long()), values, accumulate=True)
 
 
 def sparse_linear(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -65,12 +65,12 @@ def _linear(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Te
     _check(values, columns, starts, x, None, x.shape[-1])
     if bias is not None and (bias.shape != (len(starts) - 1,) or bias.dtype != x.dtype):
         raise ValueError(f"expected a bias of {len(starts) - 1} {x.dtype}, got {tuple(bias.shape)} of {bias.dtype}")
-    if not _native(x, values):
+    if not is_native(x, values):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, decompressed(values, columns, starts, x.shape[-1]), bias)
-    flat, bias = _wide(x.reshape(-1, x.shape[-1])), None if bias is None else _wide(bias)
+    flat, bias = wide(x.reshape(-1, x.shape[-1])), None if bias is None else wide(bias)
     y = flat.new_empty(len(flat), len(starts) - 1)
-    _call("sparsity_linear", _wide(values), columns, starts, x.shape[-1], flat, len(flat), bias, y)
+    _call("sparsity_linear", wide(values), columns, starts, x.shape[-1], flat, len(flat), bias, y)
     return y.view(*x.shape[:-1], len(starts) - 1).to(x.dtype)
 
 
@@ -78,12 +78,12 @@ def _linear(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Te
 def _linear_input(y: Tensor, values: Tensor, columns: Tensor, starts: Tensor, width: int) -> Tensor:
     """``y W`` for ``y [..., out]``: ``[..., width]``."""
     _check(values, columns, starts, None, y, width)
-    if not _native(y, values):
+    if not is_native(y, values):
         with torch.autocast(y.device.type, enabled=False):
             return y @ decompressed(values, columns, starts, width)
-    flat = _wide(y.reshape(-1, y.shape[-1]))
+    flat = wide(y.reshape(-1, y.shape[-1]))
     x = flat.new_empty(len(flat), width)
-    _call("sparsity_linear_input", _wide(values), columns, starts, width, flat, len(flat), x)
+    _call("sparsity_linear_input", wide(values), columns, starts, width, flat, len(flat), x)
     return x.view(*y.shape[:-1], width).to(y.dtype)
 
 
@@ -92,10 +92,10 @@ def _linear_values(y: Tensor, x: Tensor, columns: Tensor, starts: Tensor) -> Ten
     """``y^T x`` at the kept places, for ``y [..., out]`` and ``x [..., in]``: in the order of the values."""
     _check(None, columns, starts, x, y, x.shape[-1])
     flat_y, flat_x = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    if not _native(x, columns):
+    if not is_native(x, columns):
         with torch.autocast(x.device.type, enabled=False):
-            return (flat_y.t() @ flat_x)[_rows(columns, starts), columns.long()]
-    flat_y, flat_x = _wide(flat_y), _wide(flat_x)
+            return (flat_y.t() @ flat_x)[rows_of(columns, starts), columns.long()]
+    flat_y, flat_x = wide(flat_y), wide(flat_x)
     values = flat_x.new_empty(len(columns))
     _call("sparsity_linear_values", values, columns, starts, x.shape[-1], flat_y, flat_x, len(flat_x))
     return values.to(x.dtype)
@@ -160,7 +160,7 @@ _linear_input.register_autograd(_linear_input_backward, setup_context=_save)
 _linear_values.register_autograd(_linear_values_backward, setup_context=_save)
 
 
-def _rows(values: Tensor, starts: Tensor) -> Tensor:
+def rows_of(values: Tensor, starts: Tensor) -> Tensor:
     """The row of each value."""
     rows = torch.arange(len(starts) - 1, device=starts.device)
     return torch.repeat_interleave(rows, starts.diff(), output_size=len(values))
@@ -184,13 +184,13 @@ def _check(
         raise ValueError(f"expected [..., {len(starts) - 1}], one number for each row, got {tuple(y.shape)}")
     if x is not None and y is not None and x.shape[:-1] != y.shape[:-1]:
         raise ValueError(f"expected one batch, got {tuple(x.shape)} and {tuple(y.shape)}")
-    _check_places(columns, starts, width)
+    check_places(columns, starts, width)
 
 
 _PLACES: Any = WeakIdKeyDictionary()  # columns that have been looked at: with which starts, and in what version
 
 
-def _check_places(columns: Tensor, starts: Tensor, width: int) -> None:
+def check_places(columns: Tensor, starts: Tensor, width: int) -> None:
     """Raises `IndexError` for places outside of the weight; looks once at tensors that do not change."""
     told = not (columns.is_inference() or starts.is_inference())
     seen = (starts, starts._version, columns._version, width) if told else None
@@ -208,24 +208,29 @@ def _check_places(columns: Tensor, starts: Tensor, width: int) -> None:
         _PLACES[columns] = seen
 
 
-def _native(x: Tensor, kept: Tensor) -> bool:
+def is_native(x: Tensor, kept: Tensor) -> bool:
+    """Whether a product of these runs in C++."""
     batch = x.numel() // max(1, x.shape[-1])
     small = batch * kept.numel() < WORK or batch == 0
     return x.is_cpu and not small and native.library() is not None
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """Contiguous, in float32 or float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
 
 
 def _call(name: str, values: Tensor, columns: Tensor, starts: Tensor, width: int, *others: Tensor | int | None) -> None:
-    """The function of this name, which takes a weight first, and the number of threads last."""
     columns, starts = columns.contiguous(), starts.contiguous()
-    weight = [_at(values), values.element_size(), _at(columns), columns.element_size(), _at(starts)]
-    rest = [c_int64(each) if isinstance(each, int) else None if each is None else _at(each) for each in others]
-    function = getattr(native.library(), name)
-    function(*weight, c_int64(len(starts) - 1), c_int64(width), *rest, torch.get_num_threads())
+    first: list[Tensor | int] = [values, values.element_size(), columns, columns.element_size(), starts]
+    native_call(name, first, [len(starts) - 1, width, *others])
+
+
+def native_call(name: str, first: list[Tensor | int], sizes: list[Tensor | int | None]) -> None:
+    """The C++ function of this name: tensors by their memory, numbers as int and, of `sizes`, int64; then threads."""
+    given = [each if isinstance(each, int) else _at(each) for each in first]
+    rest = [c_int64(each) if isinstance(each, int) else None if each is None else _at(each) for each in sizes]
+    getattr(native.library(), name)(*given, *rest, torch.get_num_threads())
 
 
 def _at(tensor: Tensor) -> c_void_p:

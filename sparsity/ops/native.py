@@ -40,7 +40,8 @@ def _compiled() -> Path:
     if not compiler:
         raise OSError("no compiler was found (c++, g++, clang++; CXX names another)")
     sources = sorted(SOURCES.glob("*.cpp"))
-    name = hashlib.sha256(b"\0".join([*(source.read_bytes() for source in sources), _made_for(compiler)])).hexdigest()
+    parts = [source.read_bytes() for source in [*sources, *sorted(SOURCES.glob("*.h"))]]
+    name = hashlib.sha256(b"\0".join([*parts, _made_for(compiler)])).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-sparsity"
     target = folder / f"{name[:32]}.so"
     if not target.exists():

@@ -1,30 +1,12 @@
 // Products with a weight in compressed rows: y = x W^T, x' = y W, and the slope of each kept weight. See linear.py.
-//
-// Rows of a batch are packed into tiles, [columns][T], so that a kept weight meets T neighbouring numbers: T / 16
-// vector instructions for one index. Compilers lower the vectors of 64 bytes to what the processor has.
 
-#include <algorithm>
-#include <cstdint>
 #include <cstring>
-#include <memory>
+
+#include "tiles.h"
 
 namespace {
 
 constexpr int64_t kRows = 256;  // rows of the weight that a thread takes at a time
-
-template <class Real>
-struct Lanes {
-    typedef Real type __attribute__((vector_size(64), aligned(sizeof(Real)), may_alias));
-    static constexpr int count = 64 / sizeof(Real);
-};
-
-template <class Real>
-using Buffer = std::unique_ptr<Real[]>;
-
-template <class Real>
-Buffer<Real> uninitialised(int64_t size) {
-    return Buffer<Real>(new Real[size]);
-}
 
 // A weight of [rows, columns] in compressed rows: those of row r are at starts[r] .. starts[r + 1].
 template <class Real, class Index>
@@ -35,48 +17,12 @@ struct Weight {
     int64_t rows, width;
 };
 
-template <class Real, int T>
-void pack(const Real* x, int64_t batch, int64_t width, int64_t tile, Real* packed) {
-    for (int64_t first = 0; first < width; first += 16) {
-        const int64_t count = std::min<int64_t>(16, width - first);
-        for (int lane = 0; lane < T; ++lane) {
-            const int64_t row = tile * T + lane;
-            for (int64_t i = first; i < first + count; ++i) {
-                packed[i * T + lane] = row < batch ? x[row * width + i] : Real{0};
-            }
-        }
-    }
-}
-
-template <class Real, int T>
-void unpack(const Real* packed, int64_t batch, int64_t width, int64_t tile, const Real* bias, Real* x) {
-    const int64_t rows = std::min<int64_t>(T, batch - tile * T);
-    for (int64_t first = 0; first < width; first += 16) {
-        const int64_t count = std::min<int64_t>(16, width - first);
-        for (int64_t lane = 0; lane < rows; ++lane) {
-            Real* out = x + (tile * T + lane) * width;
-            for (int64_t i = first; i < first + count; ++i) {
-                out[i] = packed[i * T + lane] + (bias ? bias[i] : Real{0});
-            }
-        }
-    }
-}
-
-template <class Real, int T>
-Buffer<Real> packed_tiles(const Real* x, int64_t batch, int64_t width, int threads) {
-    const int64_t tiles = (batch + T - 1) / T;
-    Buffer<Real> packed = uninitialised<Real>(tiles * width * T);
-#pragma omp parallel for num_threads(threads)
-    for (int64_t tile = 0; tile < tiles; ++tile) pack<Real, T>(x, batch, width, tile, packed.get() + tile * width * T);
-    return packed;
-}
-
 template <class Real, class Index, int T>
 void forward(const Weight<Real, Index>& w, const Real* x, int64_t batch, const Real* bias, Real* y, int threads) {
     using Lane = typename Lanes<Real>::type;
     constexpr int lanes = Lanes<Real>::count, count = T / lanes;
     const int64_t tiles = (batch + T - 1) / T, parts = (w.rows + kRows - 1) / kRows;
-    const Buffer<Real> in = packed_tiles<Real, T>(x, batch, w.width, threads);
+    const Buffer<Real> in = packed_tiles<Real, T>(x, batch, w.width, w.width, threads);
     Buffer<Real> out = uninitialised<Real>(tiles * w.rows * T);
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic)
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -87,11 +33,11 @@ void forward(const Weight<Real, Index>& w, const Real* x, int64_t batch, const R
                 for (int64_t p = w.starts[row]; p < w.starts[row + 1]; ++p) {
                     const Real* column = from + static_cast<int64_t>(w.columns[p]) * T;
                     for (int i = 0; i < count; ++i) {
-                        sums[i] += w.values[p] * *reinterpret_cast<const Lane*>(column + i * lanes);
+                        sums[i] += w.values[p] * load(column + i * lanes);
                     }
                 }
                 Real* to = out.get() + (tile * w.rows + row) * T;
-                for (int i = 0; i < count; ++i) *reinterpret_cast<Lane*>(to + i * lanes) = sums[i];
+                for (int i = 0; i < count; ++i) store(to + i * lanes, sums[i]);
             }
         }
     }
@@ -119,7 +65,7 @@ void to_input(const Weight<Real, Index>& w, const Real* y, int64_t batch, Real* 
     constexpr int lanes = Lanes<Real>::count, count = T / lanes;
     const int64_t tiles = (batch + T - 1) / T, size = w.width * T;
     const int64_t parts = std::max<int64_t>(1, threads / tiles);
-    const Buffer<Real> in = packed_tiles<Real, T>(y, batch, w.rows, threads);
+    const Buffer<Real> in = packed_tiles<Real, T>(y, batch, w.rows, w.rows, threads);
     Buffer<Real> out = uninitialised<Real>(tiles * parts * size);
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic)
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -129,11 +75,12 @@ void to_input(const Weight<Real, Index>& w, const Real* y, int64_t batch, Real* 
             for (int64_t row = w.rows * part / parts; row < w.rows * (part + 1) / parts; ++row) {
                 Lane slopes[count];
                 const Real* from = in.get() + (tile * w.rows + row) * T;
-                for (int i = 0; i < count; ++i) slopes[i] = *reinterpret_cast<const Lane*>(from + i * lanes);
+                for (int i = 0; i < count; ++i) slopes[i] = load(from + i * lanes);
                 for (int64_t p = w.starts[row]; p < w.starts[row + 1]; ++p) {
                     Real* column = to + static_cast<int64_t>(w.columns[p]) * T;
                     for (int i = 0; i < count; ++i) {
-                        *reinterpret_cast<Lane*>(column + i * lanes) += w.values[p] * slopes[i];
+                        Real* place = column + i * lanes;
+                        store(place, load(place) + w.values[p] * slopes[i]);
                     }
                 }
             }
@@ -154,8 +101,8 @@ void to_values(const Weight<Real, Index>& w, const Real* y, const Real* x, int64
     using Lane = typename Lanes<Real>::type;
     constexpr int lanes = Lanes<Real>::count, count = T / lanes;
     const int64_t tiles = (batch + T - 1) / T, parts = (w.rows + kRows - 1) / kRows;
-    const Buffer<Real> out = packed_tiles<Real, T>(y, batch, w.rows, threads);
-    const Buffer<Real> in = packed_tiles<Real, T>(x, batch, w.width, threads);
+    const Buffer<Real> out = packed_tiles<Real, T>(y, batch, w.rows, w.rows, threads);
+    const Buffer<Real> in = packed_tiles<Real, T>(x, batch, w.width, w.width, threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t part = 0; part < parts; ++part) {
         for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -165,14 +112,11 @@ void to_values(const Weight<Real, Index>& w, const Real* y, const Real* x, int64
                     const Real* column = in.get() + (tile * w.width + static_cast<int64_t>(w.columns[p])) * T;
                     Lane even = {}, odd = {};  // two sums, each of which waits for itself only
                     for (int i = 0; i < count; ++i) {
-                        const Lane product = *reinterpret_cast<const Lane*>(mine + i * lanes) *
-                                             *reinterpret_cast<const Lane*>(column + i * lanes);
+                        const Lane product = load(mine + i * lanes) * load(column + i * lanes);
                         if (i % 2) odd += product;
                         else even += product;
                     }
-                    even += odd;
-                    Real sum = 0;
-                    for (int i = 0; i < lanes; ++i) sum += even[i];
+                    const Real sum = sum_of<Real>(even + odd);
                     slopes[p] = tile ? slopes[p] + sum : sum;
                 }
             }
