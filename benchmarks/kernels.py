@@ -25,7 +25,7 @@ from sparsity import Sparsifier, models
 from sparsity.compact import Compact
 from sparsity.convert import to_sparse
 from sparsity.distributions import Uniform
-from sparsity.ops import compressed, kth_largest, native, sparse_linear
+from sparsity.ops import block_sparse_linear, compressed, compressed_blocks, kth_largest, native, sparse_linear
 
 RESULTS = Path(__file__).parent / "results" / "kernels_cpu.json"
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
@@ -85,6 +85,37 @@ def layer(size: int, batch: int, density: float) -> Row:
     return {
         "size": size, "batch": batch, "density": density, "ms": found, "forward": found["dense"] / found["sparse"],
         "step": found["dense step"] / found["sparse step"],
+    }  # fmt: skip
+
+
+def blocks(size: int, batch: int, side: int, density: float) -> Row:
+    """The same layer in blocks."""
+    cells = torch.rand(size // side, size // side) < density
+    weight = torch.randn(size, size) * cells.repeat_interleave(side, 0).repeat_interleave(side, 1)
+    values, columns, starts = compressed_blocks(weight, side=side)
+    x, slope = torch.randn(batch, size), torch.randn(batch, size)
+    y, to_x, to_weight = torch.empty(batch, size), torch.empty(batch, size), torch.empty(size, size)
+    rows = weight.to_sparse_bsr((side, side))
+
+    def dense_step() -> None:
+        torch.mm(x, weight.t(), out=y)
+        torch.mm(slope, weight, out=to_x)
+        torch.mm(slope.t(), x, out=to_weight)
+
+    def sparse_step() -> None:
+        block_sparse_linear(x, values, columns, starts, size)
+        torch.ops.sparsity.blocks_input(slope, values, columns, starts, size)
+        torch.ops.sparsity.blocks_values(slope, x, columns, starts, side)
+
+    with torch.no_grad():
+        found = medians({
+            "dense": lambda: F.linear(x, weight),
+            "sparse": lambda: block_sparse_linear(x, values, columns, starts, size),
+            "torch's BSR": lambda: F.linear(x, rows), "dense step": dense_step, "sparse step": sparse_step,
+        })  # fmt: skip
+    return {
+        "size": size, "batch": batch, "side": side, "density": density, "ms": found,
+        "forward": found["dense"] / found["sparse"], "step": found["dense step"] / found["sparse step"],
     }  # fmt: skip
 
 
@@ -217,13 +248,14 @@ def layers_table(rows: list[Row], what: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    warnings.filterwarnings("ignore", "Sparse (CSR|BSR) tensor support is in beta")
     torch.manual_seed(0)
     cases = [(*shape, density) for shape in SHAPES for density in DENSITIES]
     result: dict[str, Any] = {
         "torch": torch.__version__, "threads": torch.get_num_threads(), "native": native.library() is not None,
         "capability": torch.backends.cpu.get_cpu_capability(), "selection": selection(50_000_000),
         "layers": [layer(*case) for case in track(cases, "layers")],
+        "blocks": [blocks(4096, 256, side, d) for side in (16, 32, 64, 128) for d in (0.5, 0.2, 0.1)],
         "optimizers": [optimizers(2048, s) for s in (0.9, 0.95)], "masked": masked_network(0.9),
         "networks": [network(name, s) for name in ("MLP", "GPT") for s in (0.9, 0.95)],
     }  # fmt: skip
@@ -231,7 +263,7 @@ def main() -> None:
     print(json.dumps(result["selection"]))
     for what in ("forward", "step"):
         print(f"{what}\n{layers_table(result['layers'], what)}")
-    for row in [*result["optimizers"], result["masked"], *result["networks"]]:
+    for row in [*result["blocks"], *result["optimizers"], result["masked"], *result["networks"]]:
         print(json.dumps(row))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsity.convert import SparseLinear, linear_layers, to_sparse
+from sparsity.convert import KeptLinear, SparseLinear, kept_linear, linear_layers, to_sparse
 from sparsity.errors import InputError
 from sparsity.masks import Masks
 
@@ -25,10 +25,11 @@ Call = Callable[[], object]
 def advise(model: nn.Module, inputs: Sequence[Any], masks: Masks | None = None, seconds: float = 0.2) -> Row:
     """What each linear layer takes, dense and by its kept weights, at the shapes that it meets; and the whole model.
 
-    `layers`: for each, by name, its shape, its density, the rows of its inputs, milliseconds of the forward pass and
-    of forward and backward, the density from which on random masks pay there (None where none tried did), and the
-    verdict: "sparse" or "stay dense". `model`: the same for the whole model, with the layers that are worth it
-    exchanged: its forward pass, and where `step`, forward and backward from the sum of its outputs.
+    `layers`: for each, by name, the form of its kept weights, its shape, its density, the rows of its inputs,
+    milliseconds of the forward pass and of forward and backward, the density from which on random masks of single
+    weights pay there (None where none tried did), and the verdict: "sparse" or "stay dense". `model`: the same for the
+    whole model, with the layers that are worth it exchanged: its forward pass, and where it has gradients `step`,
+    forward and backward from the sum of its outputs.
 
     Kept is what the masks keep, or what is not zero. Times are medians of calls in turn, `seconds` for each.
     """
@@ -41,9 +42,10 @@ def advise(model: nn.Module, inputs: Sequence[Any], masks: Masks | None = None, 
         key = (layer.weight.shape, x.shape)
         if key not in known:
             known[key] = break_even(layer, x, seconds)
-        found = _beside(layer, SparseLinear(layer.weight, layer.bias, mask), x, seconds)
+        kept = kept_linear(layer, mask)
+        found = _beside(layer, kept, x, seconds)
         rows.append({
-            "layer": name, "shape": list(layer.weight.shape), "density": density,
+            "layer": name, "form": type(kept).__name__, "shape": list(layer.weight.shape), "density": density,
             "rows": x.numel() // max(1, x.shape[-1]), **found, "pays_from": known[key],
             "verdict": "sparse" if min(found["forward"], found["step"]) >= MARGIN else "stay dense",
         })  # fmt: skip
@@ -115,7 +117,7 @@ def figure(advice: Row) -> "Figure":
     return picture
 
 
-def _beside(dense: nn.Linear, sparse: SparseLinear, x: Tensor, seconds: float) -> Row:
+def _beside(dense: nn.Linear, sparse: KeptLinear, x: Tensor, seconds: float) -> Row:
     ms = medians(
         {
             "dense": _forward(dense, x), "sparse": _forward(sparse, x),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import train
 from sparsity import InputError, advice, models
-from sparsity.convert import SparseLinear
+from sparsity.convert import KeptLinear, SparseLinear
 
 
 class Net(nn.Module):
@@ -34,7 +34,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Times that the test sets: of sparse layers in parts of dense ones, by density."""
     times = {"step": 1.0}
 
-    def beside(dense: nn.Linear, sparse: SparseLinear, x: Tensor, seconds: float) -> dict[str, Any]:
+    def beside(dense: nn.Linear, sparse: KeptLinear, x: Tensor, seconds: float) -> dict[str, Any]:
         ratio = 0.2 / max(sparse.density, 1e-9)  # a fifth of the weights takes as long as all of them
         return {"ms": {"dense": 1.0, "dense_step": 3.0}, "forward": 2 * ratio, "step": ratio * times["step"]}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity import InputError, Sparsifier
-from sparsity.convert import SparseLinear, to_dense, to_sparse
+from sparsity.convert import BlockSparseLinear, SparseLinear, to_dense, to_sparse
 from sparsity.models import GPT, LeNet300100
 
 
@@ -89,6 +89,27 @@ def test_kept_weights_that_are_zero_train_when_masks_say_so() -> None:
     assert found.values.grad is not None
     assert len(found.values.grad) == int(mask.sum())
     assert found.density == int(mask.sum()) / 32
+
+
+@pytest.mark.parametrize("side", [16, 32, 64, 128])
+def test_blocks_are_kept_as_blocks(side: int) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(300, 200)
+    cells = torch.zeros(-(-200 // side), -(-300 // side), dtype=torch.bool)
+    cells[0, 1] = cells[1, 0] = True
+    mask = cells.repeat_interleave(side, 0).repeat_interleave(side, 1)[:200, :300]
+    with torch.no_grad():
+        net.weight.mul_(mask)
+    found = to_sparse(net, density=1.0)
+    assert isinstance(found, BlockSparseLinear)
+    assert found.values.shape[1:] == (side, side)
+    x = torch.randn(5, 300)
+    assert torch.allclose(found(x), net(x), atol=1e-5)
+    found(x).sum().backward()
+    assert found.values.grad is not None
+    back = to_dense(found)
+    assert isinstance(back, nn.Linear)
+    assert torch.equal(back.weight, net.weight)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:

@@ -33,14 +33,13 @@ def compressed_blocks(weight: Tensor, mask: Tensor | None = None, side: int = 32
     else:
         if mask.shape != weight.shape or mask.dtype != torch.bool:
             raise ValueError(f"expected a bool mask of {tuple(weight.shape)}, got {mask.dtype} of {tuple(mask.shape)}")
-        some, all_ = _cut(mask, side).flatten(2).any(2), ~_cut(~mask, side).flatten(2).any(2)
-        if not torch.equal(some, all_):
-            row, column = (some != all_).nonzero()[0].tolist()
+        kept, partly = _blocks_of(mask, side)
+        if bool(partly.any()):
+            row, column = partly.nonzero()[0].tolist()
             raise ValueError(
                 f"the mask keeps the block of {side} x {side} in block row {row}, block column {column} in part: "
                 "prune by blocks of that size"
             )
-        kept = some
     rows, columns = kept.nonzero(as_tuple=True)
     counts = torch.bincount(rows, minlength=len(kept))
     return blocks[rows, columns], columns.to(torch.int32), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -172,6 +171,17 @@ def _blocks_values_backward(ctx: Any, values: Tensor) -> tuple[Tensor | None, ..
 _blocks.register_autograd(_blocks_backward, setup_context=_save)
 _blocks_input.register_autograd(_blocks_input_backward, setup_context=_save)
 _blocks_values.register_autograd(_blocks_values_backward, setup_context=_save)
+
+
+def in_blocks(mask: Tensor, side: int) -> bool:
+    """Whether a mask keeps every block of this size whole, or not at all."""
+    return not bool(_blocks_of(mask, side)[1].any())
+
+
+def _blocks_of(mask: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Which blocks a mask keeps anything of, and which of them only in part."""
+    some, missing = _cut(mask, side).flatten(2).any(2), _cut(~mask, side).flatten(2).any(2)
+    return some, some & missing
 
 
 def _cut(matrix: Tensor, side: int) -> Tensor:
