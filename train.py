@@ -1,9 +1,9 @@
 """The command line: `python train.py fit --config recipes/digits_lamp.yaml`.
 
 Subcommands: fit, validate, test, oneshot, which prunes a checkpoint without training, advise, which measures what
-sparse layers are worth on this machine, and federate, which trains over the clients of a simulated federation. Every
-key of a recipe can be overridden, for example `--sparsity.sparsity=0.95`, `--sparsity=GMP` or `--sparsity=null` for the
-dense baseline.
+sparse layers are worth on this machine, federate, which trains over the clients of a simulated federation, and bench,
+which runs the benchmarks of this repository that measure time. Every key of a recipe can be overridden, for example
+`--sparsity.sparsity=0.95`, `--sparsity=GMP` or `--sparsity=null` for the dense baseline.
 """
 
 import difflib
@@ -12,9 +12,10 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -343,8 +344,35 @@ def run(trainer: type[Trainer], args: ArgsType = None) -> None:
     SparsityCLI(LightningModule, trainer_class=trainer, parser_class=PlainParser, subclass_mode_model=True, args=args)
 
 
+TIMED = ("kernels", "overhead", "oneshot", "regrow", "penalty", "gumbel", "calibrate", "federation", "soak")
+
+
+def bench(names: Sequence[str]) -> int:
+    """Runs these benchmarks of the repository, or all that measure time; each writes its results and prints them.
+
+    Those that train networks in the literature's protocols want data and hours: `python -m benchmarks.<name> --help`.
+    Returns how many failed.
+    """
+    unknown = [name for name in names if name not in TIMED]
+    if unknown:
+        print(
+            f"error: no benchmark that measures time is called {unknown[0]!r}\ntry: {', '.join(TIMED)}", file=sys.stderr
+        )
+        sys.exit(2)
+    failed = 0
+    for name in names or TIMED:
+        print(f"benchmarks.{name}", flush=True)
+        failed += (
+            subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=Path(__file__).parent).returncode != 0
+        )
+    return failed
+
+
 def main(args: ArgsType = None) -> None:
     """Runs the command line; input that cannot work ends it with a plain message and status 2."""
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words[:1] == ["bench"]:
+        sys.exit(bench(words[1:]))
     # Lightning's own call, and its advice to add workers, which data in memory does not need.
     warnings.filterwarnings("ignore", r".*LeafSpec\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*does not have many workers")
