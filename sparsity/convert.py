@@ -86,7 +86,7 @@ def kept_linear(layer: nn.Linear, mask: Tensor) -> KeptLinear:
 
 
 def to_sparse(
-    module: nn.Module, masks: Masks | None = None, density: float = 0.3, only: Collection[str] | None = None
+    module: nn.Module, masks: Masks | None = None, density: float = 0.2, only: Collection[str] | None = None
 ) -> nn.Module:
     """A copy of the module whose linear layers of at most this density hold kept weights, or `only` these, by name.
 

@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsity.ops import native
 
-WORK = 1 << 16  # products that C++ is compiled for
+WORK = 1 << 12  # products that C++ is compiled for: the dense matrix is made in less time than it takes to call it
 NARROW = 1 << 15  # input features that columns of int16 can name
 
 Rows = tuple[Tensor, Tensor, Tensor]  # values, columns, starts
