@@ -1,18 +1,21 @@
 """The command line: `python train.py fit --config recipes/digits_lamp.yaml`.
 
-Subcommands: fit, validate, test, oneshot, which prunes a checkpoint without training, and federate, which trains over
-the clients of a simulated federation. Every key of a recipe can be overridden, for example `--sparsity.sparsity=0.95`,
-`--sparsity=GMP` or `--sparsity=null` for the dense baseline.
+Subcommands: fit, validate, test, oneshot, which prunes a checkpoint without training, advise, which measures what
+sparse layers are worth on this machine, federate, which trains over the clients of a simulated federation, and bench,
+which runs the benchmarks of this repository that measure time. Every key of a recipe can be overridden, for example
+`--sparsity.sparsity=0.95`, `--sparsity=GMP` or `--sparsity=null` for the dense baseline.
 """
 
 import difflib
 import inspect
+import json
 import math
 import os
 import re
+import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,12 +23,15 @@ from typing import Any, Literal, NoReturn
 
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from rich.console import Console
 
 import callbacks
 from callbacks import Sparsify, SparsityReport
-from sparsity import InputError, checkpoints, data, masks, models
+from sparsity import InputError, Sparsifier, advice, checkpoints, data, masks, models
+from sparsity.distributions import Uniform
 from sparsity.federated import Federation, Protocol, Running, partition, simulation
 from sparsity.federated import report as federated
+from sparsity.scores import Random
 
 # Imported, a module makes its classes known to recipes by their short names.
 CATALOGUE = (data, models, federated)
@@ -104,6 +110,40 @@ class SparseTrainer(Trainer):
         masks.save(method.sparsifier.masks, path.with_name("masks.safetensors"))
         print(f"pruned checkpoint: {path} (masks: {path.with_name('masks.safetensors')})")
         self.validate(model, datamodule=datamodule, verbose=False)
+
+    def advise(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        seconds: float = 0.2,
+    ) -> None:
+        """Measures which layers are faster by their kept weights on this machine, and what the whole model gains.
+
+        Writes `advice.json` and `advice.png`. Without a checkpoint all layers are pruned at random to the sparsity of
+        the recipe, by which the times of a network in training can be told before there is one.
+
+        Args:
+            ckpt_path: of a pruned network; its zeros are what is pruned.
+            seconds: of each measurement.
+        """
+        method = next((each for each in self.callbacks if isinstance(each, Sparsify)), None)  # type: ignore[attr-defined]  # set by a connector
+        if ckpt_path is not None:
+            checkpoints.load_weights(model, ckpt_path)
+        elif method is None:
+            raise InputError("advise needs a pruned network: a checkpoint (--ckpt_path), or a method (`sparsity:`)")
+        else:
+            Sparsifier(method.sparsifier.sparsity, Random(), Uniform(), targets=method.sparsifier.targets).attach(model)
+        model.to(self.strategy.root_device)
+        batch = next(_batches(datamodule))
+        found = advice.advise(model, [batch[0] if isinstance(batch, list | tuple) else batch], seconds=seconds)
+        folder = Path(self.log_dir or self.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "advice.json").write_text(json.dumps(found, indent=1) + "\n")
+        if find_spec("matplotlib"):
+            advice.figure(found).savefig(folder / "advice.png", dpi=110)
+        Console().print(advice.summary(found))
+        print(f"advice: {folder / 'advice.json'}")
 
     def federate(
         self,
@@ -218,7 +258,7 @@ class SparsityCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         model_and_data = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
-        return dict.fromkeys(("fit", "validate", "test", "oneshot", "federate"), model_and_data)
+        return dict.fromkeys(("fit", "validate", "test", "oneshot", "advise", "federate"), model_and_data)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Sparsify, "sparsity", subclass_mode=True, required=False)
@@ -235,7 +275,7 @@ class SparsityCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         settings = self.config[self.config["subcommand"]]
-        if settings.get("ckpt_path") == "last" and self.config["subcommand"] != "oneshot":
+        if settings.get("ckpt_path") == "last" and self.config["subcommand"] not in ("oneshot", "advise"):
             settings["ckpt_path"] = str(_last(Path(settings["trainer"]["default_root_dir"] or ".")))
         if settings.get("ckpt_path") and settings["ckpt_path"] != "best":
             checkpoints.read(settings["ckpt_path"])
@@ -304,8 +344,35 @@ def run(trainer: type[Trainer], args: ArgsType = None) -> None:
     SparsityCLI(LightningModule, trainer_class=trainer, parser_class=PlainParser, subclass_mode_model=True, args=args)
 
 
+TIMED = ("kernels", "overhead", "oneshot", "regrow", "penalty", "gumbel", "calibrate", "federation", "soak")
+
+
+def bench(names: Sequence[str]) -> int:
+    """Runs these benchmarks of the repository, or all that measure time; each writes its results and prints them.
+
+    Those that train networks in the literature's protocols want data and hours: `python -m benchmarks.<name> --help`.
+    Returns how many failed.
+    """
+    unknown = [name for name in names if name not in TIMED]
+    if unknown:
+        print(
+            f"error: no benchmark that measures time is called {unknown[0]!r}\ntry: {', '.join(TIMED)}", file=sys.stderr
+        )
+        sys.exit(2)
+    failed = 0
+    for name in names or TIMED:
+        print(f"benchmarks.{name}", flush=True)
+        failed += (
+            subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=Path(__file__).parent).returncode != 0
+        )
+    return failed
+
+
 def main(args: ArgsType = None) -> None:
     """Runs the command line; input that cannot work ends it with a plain message and status 2."""
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words[:1] == ["bench"]:
+        sys.exit(bench(words[1:]))
     # Lightning's own call, and its advice to add workers, which data in memory does not need.
     warnings.filterwarnings("ignore", r".*LeafSpec\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*does not have many workers")

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsity import shards
+from sparsity.compact import Compact
 from sparsity.errors import InputError
 from sparsity.ops import all_finite
 
@@ -139,6 +140,8 @@ class Momentum(Gradient):
     def check(self, weights: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
         stepped = {id(weight) for weight in weights.values()}
         for optimizer in optimizers:
+            if isinstance(optimizer, Compact):
+                raise InputError("momentum is asked for as a score, and Compact keeps none of pruned weights")
             for group in optimizer.param_groups:
                 mine = any(id(weight) in stepped for weight in group["params"])
                 if mine and not group.get("momentum") and "betas" not in group:

@@ -9,6 +9,7 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from sparsity import masks, patterns, shards
+from sparsity.compact import Compact
 from sparsity.distributions import Distribution, Global
 from sparsity.errors import InputError
 from sparsity.history import History
@@ -87,6 +88,9 @@ class Sparsifier:
         for name, weight in weights.items():
             self.pattern.check(name, tuple(self.facing(name, weight).shape))
         self._upkeep = Upkeep(*optimizers, keeps_state=self.keeps_state)
+        compact = [each for each in optimizers if isinstance(each, Compact)]
+        if compact and self.keeps_state:
+            raise InputError(f"{type(self).__name__} needs the state of pruned weights, which Compact does not keep")
         self._plan = self.plan(horizon or Horizon())
         self._steps = sorted(self._plan)
         loaded, self._loaded = self._loaded, False
@@ -104,6 +108,8 @@ class Sparsifier:
         if renews:
             self._renew_if_due(0)
         self.enforce()
+        for optimizer in compact:
+            optimizer.follow(lambda: (self.weights(), self.masks))
 
     def detach(self) -> None:
         """Forgets the model, its optimizers and the masks."""

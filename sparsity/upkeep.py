@@ -10,9 +10,11 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from sparsity import shards
+from sparsity.compact import Compact
 from sparsity.ops import all_finite, keep_
 
 Weights = Mapping[str, Parameter]
+KNOWN = (SGD, Adam, AdamW)
 
 
 class Upkeep:
@@ -69,6 +71,9 @@ class Upkeep:
         gradients = [weight.grad] if gradient and weight.grad is not None else []
         for tensor in (weight, *self._all_states(weight), *gradients):
             self._keep(tensor, ~grown)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Compact):
+                optimizer.restart(weight, grown)
 
     def enforce(self, weights: Weights, masks: Mapping[str, Tensor]) -> None:
         """At any time, whatever was written: pruned weights and their state are exactly zero."""
@@ -105,7 +110,7 @@ class Upkeep:
         whole = weight.dtype in (torch.float32, torch.float64) or not any(group.get("fused") for group in groups)
         tiny = torch.finfo(weight.dtype).tiny
         return (
-            all(type(optimizer) in (SGD, Adam, AdamW) for optimizer in self.optimizers)
+            all(type(each.inner if isinstance(each, Compact) else each) in KNOWN for each in self.optimizers)
             and all(group.get("eps", 1.0) > tiny for group in groups)
             and whole
         )

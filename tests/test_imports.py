@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEAVES = {"errors", "ops", "version"}
 ALLOWED = {
-    "errors": set(), "version": set(), "ops": set(),
-    "shards": {"errors"}, "upkeep": {"ops", "shards"},
+    "errors": set(), "version": set(), "ops": set(), "convert": {"errors", "masks", "ops"},
+    "advice": {"convert", "errors", "masks"}, "shrink": {"errors"},
+    "shards": {"errors"}, "compact": {"errors"}, "upkeep": {"compact", "ops", "shards"},
     "masks": {"errors", "shards"}, "targets": {"errors"}, "schedules": {"errors"},
-    "scores": {"errors", "ops", "shards"},
+    "scores": {"compact", "errors", "ops", "shards"},
     "checkpoints": {"errors"}, "distributions": {"errors", "ops", "targets"}, "patterns": {"errors", "ops", "masks"},
     "history": {"masks"}, "redistribution": {"scores"},
-    "sparsifier": {"errors", "history", "masks", "ops", "targets", "scores", "distributions", "patterns", "schedules",
-                   "shards", "upkeep"},
+    "sparsifier": {"compact", "errors", "history", "masks", "ops", "targets", "scores", "distributions", "patterns",
+                   "schedules", "shards", "upkeep"},
     "dynamic": {"errors", "history", "masks", "ops", "targets", "scores", "distributions", "redistribution",
                 "schedules", "sparsifier"},
     "penalties": {"errors", "ops", "shards"}, "relaxation": {"errors", "patterns", "schedules"},

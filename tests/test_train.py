@@ -4,6 +4,8 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -253,3 +255,23 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, capsys: pytest.Cap
         fit(tmp_path, "--weights", str(tmp_path / "other.ckpt"))
     assert stopped.value.code == 2
     assert "is for another model" in capsys.readouterr().err
+
+
+def test_bench_runs_the_benchmarks_that_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        ran.append(command[1:])
+        return SimpleNamespace(returncode=len(ran) - 1)
+
+    monkeypatch.setattr("subprocess.run", run)
+    for words, code in ((["bench", "kernels"], 0), (["bench", "kernels", "soak"], 2), (["bench", "speed"], 2)):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            train.main()
+        assert ended.value.code == code
+    assert ran == [["-m", f"benchmarks.{name}"] for name in ("kernels", "kernels", "soak")]
+    assert "no benchmark that measures time is called 'speed'" in capsys.readouterr().err
+    assert all((ROOT / f"benchmarks/{name}.py").exists() for name in train.TIMED)

@@ -1,14 +1,20 @@
 """Exact selection by rank, from histograms of the bits of floats: no sort, no copy of all the values."""
 
 from collections.abc import Iterable, Iterator
+from ctypes import c_int64, c_void_p
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from sparsity.ops import native
+
 CHUNK = 1 << 18  # elements looked at together: what bounds the extra memory
 DIGIT = 16  # bits of a float resolved by one pass
+HALF = 1 << DIGIT - 1
 SMALL = 1 << 15  # elements that a selection is faster for
+LARGE = 1 << 20  # elements that C++ is compiled for
+THREADS = 4  # of C++ at most: each has 256 kB of counts
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -35,7 +41,7 @@ def kth_largest(tensors: Iterable[Tensor], k: int) -> Tensor:
         if not 1 <= rank <= int(histogram.sum()):
             raise ValueError(f"k must lie in [1, {int(histogram.sum())}], the number of elements; got k={k}")
         digit, rank = _bin_of(histogram, rank)
-        prefix = digit - (1 << DIGIT - 1) if shift == top else prefix << DIGIT | digit
+        prefix = digit - HALF if shift == top else prefix << DIGIT | digit
     return _value(prefix, dtype)
 
 
@@ -70,21 +76,26 @@ def _histogram(tensor: Tensor, dtype: torch.dtype, shift: int, prefix: int | Non
     if tensor.dtype != dtype or not dtype.is_floating_point:
         raise ValueError(f"expected floating tensors of one dtype, got {dtype} and {tensor.dtype}")
     histogram = torch.zeros(1 << DIGIT, dtype=torch.int64, device=tensor.device)
-    for chunk in torch.split(tensor.detach().reshape(-1), CHUNK):
-        keys = _keys(chunk)
-        if prefix is not None:
-            keys = keys[keys >> shift + DIGIT == prefix]
-        digits = (keys >> shift).to(torch.int32)
-        digits = digits + (1 << DIGIT - 1) if prefix is None else digits & (1 << DIGIT) - 1
+    values = tensor.detach().reshape(-1)
+    if values.is_cpu and values.numel() >= LARGE and (library := native.library()) is not None:
+        library.sparsity_histogram(
+            c_void_p(values.data_ptr()), c_int64(values.numel()), values.element_size(), shift, prefix is None,
+            c_int64(prefix or 0), c_void_p(histogram.data_ptr()), min(torch.get_num_threads(), THREADS),
+        )  # fmt: skip
+        return histogram
+    # Negative floats grow in magnitude with their bits: their bins are put into order afterwards, which is cheaper.
+    negative = prefix is not None and prefix < 0
+    for chunk in torch.split(values, CHUNK):
+        bits = chunk.view(INTEGERS[dtype.itemsize])
+        if prefix is None:
+            digits = (bits >> shift).to(torch.int32).add_(HALF)
+        else:
+            raw = prefix ^ (1 << 8 * dtype.itemsize - DIGIT - shift - 1) - 1 if negative else prefix
+            digits = bits[bits >> shift + DIGIT == raw] >> shift & (1 << DIGIT) - 1
         histogram += torch.bincount(digits, minlength=1 << DIGIT)
-    return histogram.cpu()
-
-
-def _keys(values: Tensor) -> Tensor:
-    """The values as integers that have the floats' order."""
-    bits = values.view(INTEGERS[values.element_size()])
-    # Negative floats grow in magnitude with their bits: flipping all but the sign puts them in order.
-    return bits ^ ((bits >> 8 * values.element_size() - 1) & torch.iinfo(bits.dtype).max)
+    if prefix is None:
+        histogram[:HALF] = histogram[:HALF].flip(0)
+    return (histogram.flip(0) if negative else histogram).cpu()
 
 
 def _bin_of(histogram: Tensor, rank: int) -> tuple[int, int]:

@@ -1,0 +1,131 @@
+"""Advice: what it looks at, what it makes of its measurements, and that it leaves the model alone."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import train
+from sparsity import InputError, advice, models
+from sparsity.convert import KeptLinear, SparseLinear
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.first, self.twice = nn.Conv2d(1, 2, 3), nn.Linear(32, 16), nn.Linear(16, 16)
+        self.unused = nn.Linear(3, 3)
+        with torch.no_grad():
+            self.first.weight.mul_(torch.rand(16, 32) < 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.twice(self.twice(self.first(self.conv(x).flatten(1))))
+        return found
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Times that the test sets: of sparse layers in parts of dense ones, by density."""
+    times = {"step": 1.0}
+
+    def beside(dense: nn.Linear, sparse: KeptLinear, x: Tensor, seconds: float) -> dict[str, Any]:
+        ratio = 0.2 / max(sparse.density, 1e-9)  # a fifth of the weights takes as long as all of them
+        return {"ms": {"dense": 1.0, "dense_step": 3.0}, "forward": 2 * ratio, "step": ratio * times["step"]}
+
+    monkeypatch.setattr(advice, "_beside", beside)
+    return times
+
+
+def test_it_measures_every_layer_that_is_called() -> None:
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(5, 1, 6, 6)
+    before = copy.deepcopy(net.state_dict())
+    found = advice.advise(net, [x], seconds=0.001)
+    assert [row["layer"] for row in found["layers"]] == ["first", "twice"]
+    assert [row["rows"] for row in found["layers"]] == [5, 5]
+    assert found["layers"][1]["density"] == 1.0
+    assert found["layers"][0]["density"] == int(net.first.weight.count_nonzero()) / 512
+    assert found["others"] == ["conv", "unused"]
+    for row in found["layers"]:
+        assert row["forward"] == row["ms"]["dense"] / row["ms"]["sparse"]
+        assert (row["verdict"] == "sparse") == (min(row["forward"], row["step"]) >= advice.MARGIN)
+        assert all(value > 0 for value in row["ms"].values())
+    assert found["model"]["step"] > 0
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_only_what_is_worth_it_is_exchanged(fast: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    seen = []
+    monkeypatch.setattr(advice, "_whole", lambda dense, sparse, inputs, seconds: seen.append(sparse))
+    found = advice.advise(Net(), [torch.randn(5, 1, 6, 6)])
+    assert [row["verdict"] for row in found["layers"]] == ["sparse", "stay dense"]
+    assert isinstance(seen[0].first, SparseLinear)
+    assert type(seen[0].twice) is nn.Linear
+
+
+def test_the_density_at_which_it_begins_to_pay(fast: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(400, 400), torch.randn(3, 400)
+    found = advice.break_even(layer, x)
+    assert found == pytest.approx(0.2, rel=0.1)
+    fast["step"] = 10.0
+    assert advice.break_even(layer, x) == advice.DENSITIES[0]
+    fast["step"] = 0.001
+    assert advice.break_even(layer, x) is None
+
+
+def test_tables_and_figures(fast: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = advice.advise(Net(), [torch.randn(5, 1, 6, 6)], seconds=0.001)
+    Console(width=200).print(advice.summary(found))
+    text = capsys.readouterr().out
+    assert "stay dense" in text
+    assert "16 x 32, 5" in text
+    assert "dense in any case: conv, unused" in text
+    advice.figure(found).savefig(tmp_path / "advice.png")
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    with pytest.raises(InputError, match="Sequential calls no linear layer"):
+        advice.advise(nn.Sequential(nn.Conv2d(1, 2, 3)), [torch.randn(1, 1, 6, 6)])
+
+
+def test_tied_heads_and_tokens() -> None:
+    net = models.GPT(context=8, width=16, depth=1, heads=2, tied=True)
+    found = advice.advise(net, [torch.randint(0, 256, (2, 8))], seconds=0.001)
+    assert "head" not in [row["layer"] for row in found["layers"]]
+    assert {row["rows"] for row in found["layers"]} == {16}
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(train.__file__).parent
+    monkeypatch.setattr(sys, "argv", [
+        "train.py", "advise", f"--config={root / 'recipes/digits_lamp.yaml'}",
+        f"--trainer.default_root_dir={tmp_path}", "--seconds=0.001", "--sparsity.sparsity=0.95",
+    ])  # fmt: skip
+    train.main()
+    path = Path(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("advice: "))
+    found = json.loads(path.read_text())
+    assert len(found["layers"]) == 3
+    assert found["layers"][0]["density"] == pytest.approx(0.05, abs=0.001)
+    assert path.with_suffix(".png").exists()
+
+
+def test_the_command_line_wants_a_pruned_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(train.__file__).parent
+    monkeypatch.setattr(sys, "argv", [
+        "train.py", "advise", f"--config={root / 'recipes/digits_lamp.yaml'}",
+        f"--trainer.default_root_dir={tmp_path}", "--sparsity=null",
+    ])  # fmt: skip
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "advise needs a pruned network" in capsys.readouterr().err

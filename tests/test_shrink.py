@@ -1,0 +1,121 @@
+"""What is taken out of a chain was not needed: the function is the same, the layers are smaller."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsity import InputError, Sparsifier
+from sparsity.shrink import shrink
+
+
+def same(chain: nn.Sequential, x: Tensor) -> nn.Sequential:
+    before = [each.clone() for each in chain.state_dict().values()]
+    found = shrink(chain)
+    assert torch.allclose(found.eval()(x), chain.eval()(x), rtol=1e-10, atol=1e-12)
+    assert all(torch.equal(*pair) for pair in zip(before, chain.state_dict().values(), strict=True))
+    assert not {each.data_ptr() for each in found.parameters()} & {each.data_ptr() for each in chain.parameters()}
+    return found
+
+
+def mlp(*middle: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), *middle, nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def weight(chain: nn.Sequential, place: int) -> Tensor:
+    return chain.get_parameter(f"{place}.weight")
+
+
+def widths(chain: nn.Sequential) -> list[int]:
+    return [len(layer.weight) for layer in chain if isinstance(layer, nn.Linear | nn.Conv2d)]
+
+
+@pytest.mark.parametrize("middle", [(nn.ReLU(),), (nn.Sigmoid(), nn.BatchNorm1d(8)), (nn.BatchNorm1d(8), nn.GELU())])
+def test_neurons_without_inputs_become_biases(middle: tuple[nn.Module, ...]) -> None:
+    chain = mlp(*middle)
+    for each in middle:
+        if isinstance(each, nn.BatchNorm1d):
+            for value in (each.running_mean, each.running_var, each.weight, each.bias):
+                nn.init.uniform_(value, 0.5, 2)  # type: ignore[arg-type]  # it has them
+    with torch.no_grad():
+        weight(chain, 0)[[1, 4]] = 0
+    assert widths(same(chain, torch.randn(7, 6).double())) == [6, 5, 3]
+
+
+def test_neurons_that_nobody_looks_at_go_and_those_before_them() -> None:
+    chain = mlp(nn.ReLU())
+    with torch.no_grad():
+        weight(chain, 4)[:, [0, 2]] = 0  # two of five are not looked at
+        weight(chain, 2)[[1, 3, 4], :3] = 0  # and of those before, three only by them
+    assert widths(same(chain, torch.randn(7, 6).double())) == [5, 3, 3]
+
+
+def test_dropout_keeps_constants_that_it_would_drop() -> None:
+    chain = mlp(nn.Sigmoid(), nn.Dropout())
+    with torch.no_grad():
+        weight(chain, 0)[[1, 4]] = 0
+    assert widths(same(chain, torch.randn(7, 6).double())) == [8, 5, 3]
+    with torch.no_grad():
+        weight(chain, 3)[:, 4] = 0
+    assert widths(same(chain, torch.randn(7, 6).double())) == [7, 5, 3]
+
+
+def convolutions(padding: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 6, 3, padding=padding), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(),
+        nn.Linear(6 * (4 if padding else 1), 4),
+    ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_channels(padding: int) -> None:
+    chain = convolutions(padding)
+    norm = chain[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        nn.init.uniform_(value, 0.5, 2)  # type: ignore[arg-type]  # it has them
+    with torch.no_grad():
+        norm.bias[2], norm.bias[5] = -5, 5  # behind ReLU a constant of zero, and one that is not
+        weight(chain, 0)[[2, 5]] = 0
+        weight(chain, 4)[[0, 1]] = 0
+        weight(chain, 8).view(4, 6, -1)[:, 3] = 0
+    found = same(chain, torch.randn(3, 2, 12, 12).double())
+    # With padding, a constant that is not zero ends at the border, so its channel stays.
+    assert widths(found) == [7 if padding else 6, 3, 4]
+
+
+def test_a_pruned_network_shrinks() -> None:
+    torch.manual_seed(0)
+    chain = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
+    )
+    chain = chain.double()
+    Sparsifier(0.99).attach(chain)
+    found = same(chain, torch.randn(5, 1, 8, 8).double())
+    assert widths(found)[0] < 300
+    assert widths(found)[-1] == 10
+
+
+def test_a_chain_of_chains_and_one_without_use() -> None:
+    chain = nn.Sequential(mlp(nn.ReLU()), nn.Sequential(nn.ReLU(), nn.Linear(3, 2).double()))
+    with torch.no_grad():
+        chain.get_parameter("1.1.weight").zero_()
+    assert widths(same(chain, torch.randn(7, 6).double())) == [1, 1, 1, 2]
+
+
+def test_what_is_needed_stays() -> None:
+    chain = mlp(nn.ReLU())
+    assert widths(same(chain, torch.randn(7, 6).double())) == [8, 5, 3]
+
+
+@pytest.mark.parametrize(("chain", "message"), [
+    (nn.Linear(3, 3), "an nn.Sequential is shrunk, got Linear"),
+    (nn.Sequential(nn.Linear(3, 3), nn.Softmax(1), nn.Linear(3, 3)), "Softmax is none of them"),
+    (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "groups"),
+    (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(6, 2)), "not those of the 4 outputs"),
+])  # fmt: skip
+def test_what_cannot_be_shrunk_is_refused(chain: nn.Module, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        shrink(chain)  # type: ignore[arg-type]  # on purpose
