@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -29,16 +30,17 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         log.info("no C++ could be compiled, so operations run in plain PyTorch, which is slower: %s", error)
         return None
 
 
 def _compiled() -> Path:
     """The library's file in the user's cache: made where it is not there yet, in one piece."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler:
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if not found:
         raise OSError("no compiler was found (c++, g++, clang++; CXX names another)")
+    compiler = shlex.split(found)
     sources = sorted(SOURCES.glob("*.cpp"))
     parts = [source.read_bytes() for source in [*sources, *sorted(SOURCES.glob("*.h"))]]
     name = hashlib.sha256(b"\0".join([*parts, _made_for(compiler)])).hexdigest()
@@ -48,16 +50,16 @@ def _compiled() -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made = Path(place) / target.name
-            command = [compiler, *FLAGS, *map(str, sources), "-o", str(made)]
+            command = [*compiler, *FLAGS, *map(str, sources), "-o", str(made)]
             if subprocess.run([*command, THREADED], capture_output=True).returncode:
                 subprocess.run(command, capture_output=True, check=True)
             made.replace(target)
     return target
 
 
-def _made_for(compiler: str) -> bytes:
+def _made_for(compiler: list[str]) -> bytes:
     """What else decides about the code: flags, compiler, and the processor, of which homes on a network have many."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
