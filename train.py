@@ -133,9 +133,10 @@ class SparseTrainer(Trainer):
         elif method is None:
             raise InputError("advise needs a pruned network: a checkpoint (--ckpt_path), or a method (`sparsity:`)")
         else:
-            Sparsifier(method.sparsifier.sparsity, Random(), Uniform(), targets=method.sparsifier.targets).attach(model)
+            asked = method.sparsifier
+            Sparsifier(asked.sparsity, Random(), Uniform(), asked.pattern.name, targets=asked.targets).attach(model)
         model.to(self.strategy.root_device)
-        batch = next(_batches(datamodule))
+        batch = self.strategy.batch_to_device(next(_batches(datamodule)))
         found = advice.advise(model, [batch[0] if isinstance(batch, list | tuple) else batch], seconds=seconds)
         folder = Path(self.log_dir or self.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -353,6 +354,9 @@ def bench(names: Sequence[str]) -> int:
     Those that train networks in the literature's protocols want data and hours: `python -m benchmarks.<name> --help`.
     Returns how many failed.
     """
+    if "--help" in names:
+        print(f"usage: train.py bench [name ...]\n\n{bench.__doc__}\n\nnames: {', '.join(TIMED)}")
+        return 0
     unknown = [name for name in names if name not in TIMED]
     if unknown:
         print(

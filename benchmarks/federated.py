@@ -10,8 +10,8 @@ of these, every fifth round. The test set is read once, after the last round. Re
 is repeated runs what is missing.
 
 With few classes a client, accuracy goes up and down from round to round: `late` is the mean over the measurements of
-the last quarter of the rounds. `FedAvg then` is that of FedAvg over the quarter of its rounds before it had sent as many
-bytes as the method in all of its own, or, where that lies between two measurements, the second of them.
+the last quarter of the rounds. `FedAvg then` is that of FedAvg over the quarter of its rounds before it had sent as
+many bytes as the method in all of its own, or, where that lies between two measurements, the second of them.
 """
 
 import argparse

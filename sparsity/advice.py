@@ -1,5 +1,6 @@
 """Advice: which layers are faster by their kept weights, measured on this machine, at this batch."""
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsity.convert import KeptLinear, SparseLinear, kept_linear, linear_layers, to_sparse
+from sparsity.convert import KeptLinear, SparseLinear, kept_linear, linear_layers, mask_of, to_sparse
 from sparsity.errors import InputError
 from sparsity.masks import Masks
 
@@ -28,16 +29,17 @@ def advise(model: nn.Module, inputs: Sequence[Any], masks: Masks | None = None, 
     `layers`: for each, by name, the form of its kept weights, its shape, its density, the rows of its inputs,
     milliseconds of the forward pass and of forward and backward, the density from which on random masks of single
     weights pay there (None where none tried did), and the verdict: "sparse" or "stay dense". `model`: the same for the
-    whole model, with the layers that are worth it exchanged: its forward pass, and where it has gradients `step`,
-    forward and backward from the sum of its outputs.
+    whole model, with the layers that are worth it exchanged: its forward pass, and `step`, forward and backward from
+    the sum of its outputs. Where nothing is trained `step` is None.
 
     Kept is what the masks keep, or what is not zero. Times are medians of calls in turn, `seconds` for each.
     """
+    model = copy.deepcopy(model)  # its statistics and gradients are not to be touched
     seen = _shapes(model, inputs)
     known: dict[Any, float | None] = {}
     rows = []
     for name, (layer, x) in seen.items():
-        mask = (masks or {}).get(f"{name}.weight", layer.weight != 0)
+        mask = mask_of(name, layer, masks)
         density = float(mask.float().mean())
         key = (layer.weight.shape, x.shape)
         if key not in known:
@@ -47,7 +49,7 @@ def advise(model: nn.Module, inputs: Sequence[Any], masks: Masks | None = None, 
         rows.append({
             "layer": name, "form": type(kept).__name__, "shape": list(layer.weight.shape), "density": density,
             "rows": x.numel() // max(1, x.shape[-1]), **found, "pays_from": known[key],
-            "verdict": "sparse" if min(found["forward"], found["step"]) >= MARGIN else "stay dense",
+            "verdict": "sparse" if min(found["forward"], found["step"] or MARGIN) >= MARGIN else "stay dense",
         })  # fmt: skip
     worth = [row["layer"] for row in rows if row["verdict"] == "sparse"]
     whole = _whole(model, to_sparse(model, masks, only=worth), inputs, seconds)
@@ -62,7 +64,8 @@ def break_even(layer: nn.Linear, x: Tensor, seconds: float = 0.2) -> float | Non
     last: tuple[float, float] | None = None
     for density in DENSITIES:
         mask = torch.rand_like(layer.weight, dtype=torch.float32) < density
-        ratio = _beside(layer, SparseLinear(layer.weight, layer.bias, mask), x, seconds)["step"]
+        found = _beside(layer, SparseLinear(layer.weight, layer.bias, mask), x, seconds)
+        ratio = found["step"] or found["forward"]
         if ratio >= 1:
             if last is None:
                 return density
@@ -83,7 +86,8 @@ def summary(advice: Row) -> "Group":
         pays = "-" if row["pays_from"] is None else f"{row['pays_from']:.3f}"
         table.add_row(
             row["layer"], f"{row['shape'][0]} x {row['shape'][1]}, {row['rows']}", f"{row['density']:.3f}",
-            f"{row['ms']['dense_step']:.2f}", f"{row['forward']:.2f}x", f"{row['step']:.2f}x", pays, row["verdict"],
+            f"{row['ms'].get('dense_step', row['ms']['dense']):.2f}", f"{row['forward']:.2f}x",
+            "-" if row["step"] is None else f"{row['step']:.2f}x", pays, row["verdict"],
         )  # fmt: skip
     whole = advice["model"]
     step = "" if whole["step"] is None else f", forward and backward {whole['step']:.2f}x"
@@ -106,11 +110,14 @@ def figure(advice: Row) -> "Figure":
     axes = picture.add_subplot()
     places = range(len(rows))
     for offset, what, colour in ((-0.2, "forward", "#4477aa"), (0.2, "step", "#cc6677")):
-        bars = axes.barh([p + offset for p in places], [row[what] for row in rows], 0.38, color=colour, label=what)
-        axes.bar_label(bars, [f"{row[what]:.2f}" for row in rows], padding=3, fontsize=8)
+        lengths = [row[what] or 0 for row in rows]
+        bars = axes.barh([p + offset for p in places], lengths, 0.38, color=colour, label=what)
+        axes.bar_label(bars, [f"{each:.2f}" if each else "" for each in lengths], padding=3, fontsize=8)
     axes.axvline(1, color="black", linestyle="--", linewidth=1)
     axes.set_yticks(list(places), [f"{row['layer']} ({row['density']:.2f})" for row in rows])
-    axes.set(xlabel="times as fast as dense", xlim=(0, 1.15 * max(max(row["forward"], row["step"], 1) for row in rows)))
+    axes.set(
+        xlabel="times as fast as dense", xlim=(0, 1.15 * max(max(row["forward"], row["step"] or 0, 1) for row in rows))
+    )
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
@@ -118,28 +125,27 @@ def figure(advice: Row) -> "Figure":
 
 
 def _beside(dense: nn.Linear, sparse: KeptLinear, x: Tensor, seconds: float) -> Row:
-    ms = medians(
-        {
-            "dense": _forward(dense, x), "sparse": _forward(sparse, x),
-            "dense_step": _step(dense, x), "sparse_step": _step(sparse, x),
-        },
-        x.device, seconds,
-    )  # fmt: skip
-    return {"ms": ms, "forward": ms["dense"] / ms["sparse"], "step": ms["dense_step"] / ms["sparse_step"]}
+    calls = {"dense": _forward(dense, x), "sparse": _forward(sparse, x)}
+    trains = x.requires_grad or dense.weight.requires_grad
+    if trains:
+        sparse.values.requires_grad_(dense.weight.requires_grad)
+        calls |= {"dense_step": _step(dense, x), "sparse_step": _step(sparse, x)}
+    ms = medians(calls, x.device, seconds)
+    step = ms["dense_step"] / ms["sparse_step"] if trains else None
+    return {"ms": ms, "forward": ms["dense"] / ms["sparse"], "step": step}
 
 
 def _whole(dense: nn.Module, sparse: nn.Module, inputs: Sequence[Any], seconds: float) -> Row:
     device = next(dense.parameters()).device
     calls = {"dense": _all(dense, inputs), "sparse": _all(sparse, inputs)}
     ms = medians(calls, device, 5 * seconds)
-    found: Row = {"forward": ms["dense"] / ms["sparse"]}
-    try:
-        steps = {"dense_step": _all_back(dense, inputs), "sparse_step": _all_back(sparse, inputs)}
-        ms |= medians(steps, device, 5 * seconds)
-        found["step"] = ms["dense_step"] / ms["sparse_step"]
-    except RuntimeError:  # outputs without a gradient
-        found["step"] = None
-    return {"ms": ms, **found}
+    step = None
+    if any(each.requires_grad for each in _tensors(dense(*inputs))):
+        ms |= medians(
+            {"dense_step": _all_back(dense, inputs), "sparse_step": _all_back(sparse, inputs)}, device, 5 * seconds
+        )
+        step = ms["dense_step"] / ms["sparse_step"]
+    return {"ms": ms, "forward": ms["dense"] / ms["sparse"], "step": step}
 
 
 def medians(calls: dict[str, Call], device: torch.device, seconds: float) -> dict[str, float]:
@@ -190,10 +196,7 @@ def _all(model: nn.Module, inputs: Sequence[Any]) -> Call:
 
 def _all_back(model: nn.Module, inputs: Sequence[Any]) -> Call:
     def run() -> None:
-        found = [each for each in _tensors(model(*inputs)) if each.requires_grad]
-        if not found:
-            raise RuntimeError("no output has a gradient")
-        torch.autograd.backward([each.sum() for each in found])
+        torch.autograd.backward([each.sum() for each in _tensors(model(*inputs)) if each.requires_grad])
         for each in model.parameters():
             if each.grad is not None:
                 each.grad.zero_()
@@ -214,11 +217,11 @@ def _shapes(model: nn.Module, inputs: Sequence[Any]) -> dict[str, tuple[nn.Linea
     names = {id(layer): name for name, layer in layers.items()}
     found: dict[str, tuple[nn.Linear, Tensor]] = {}
 
-    def look(layer: nn.Module, given: tuple[Any, ...]) -> None:
-        name, x = names[id(layer)], given[0]
+    def look(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        name, x = names[id(layer)], given[0] if given else named["input"]
         found.setdefault(name, (layers[name], x.detach().requires_grad_(x.requires_grad)))
 
-    handles = [layer.register_forward_pre_hook(look) for layer in layers.values()]
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers.values()]
     try:
         model(*inputs)
     finally:

@@ -12,6 +12,7 @@ from sparsity.errors import InputError
 
 Masks = Mapping[str, Tensor]
 Weights = Mapping[str, Parameter]
+Wanted = Callable[[], tuple[Weights, Masks]]
 
 WORTH = 0.5  # density up to which it pays to gather
 
@@ -35,14 +36,15 @@ class Compact(Optimizer):
     def __init__(self, optimizer: Optimizer) -> None:
         self.inner = optimizer
         super().__init__(optimizer.param_groups, optimizer.defaults)
-        self._wanted: Callable[[], tuple[Weights, Masks]] = _nothing
+        self._wanted: dict[int, Wanted] = {}  # by who says it
         self._kept: dict[Parameter, Kept] = {}
         self._seen: dict[Parameter, tuple[Tensor, int]] = {}  # masks, and how often they had been written to
         self._regroup()
+        self._share_state()
 
-    def follow(self, wanted: Callable[[], tuple[Weights, Masks]]) -> None:
-        """From now on the masks are those that `wanted` gives, with their weights, before each step."""
-        self._wanted = wanted
+    def follow(self, wanted: Wanted, by: object = None) -> None:
+        """From now on these masks, with their weights, count before each step, in place of others that came `by` it."""
+        self._wanted[id(by)] = wanted
         self._refresh()
 
     @torch.no_grad()
@@ -58,6 +60,8 @@ class Compact(Optimizer):
         self.inner.step()
         for weight, kept in self._kept.items():
             kept.scatter(weight)
+        for mine, others in zip(self.param_groups, self.inner.param_groups, strict=True):
+            mine.update({name: value for name, value in others.items() if name != "params"})  # some count in groups
         self._share_state()
         return loss
 
@@ -77,6 +81,7 @@ class Compact(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As the optimizer that it was given would have it: dense, zero where weights are pruned."""
+        self._forget_what_was_cleared()
         weights = [weight for group in self.param_groups for weight in group["params"]]
         found = super().state_dict()
         for place, weight in enumerate(weights):
@@ -86,37 +91,52 @@ class Compact(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a dense state, of this class or of the optimizer that it was given."""
-        super().load_state_dict(state_dict)
         # The masks that belong to it may be loaded later: what they keep is gathered before the next step.
         self._kept, self._seen = {}, {}
         self.inner.state.clear()
-        self.inner.state.update(self.state)
         self._regroup()
+        self.inner.load_state_dict(state_dict)
+        for mine, others in zip(self.param_groups, self.inner.param_groups, strict=True):
+            mine.update({name: value for name, value in others.items() if name != "params"})
+        self.state.clear()
+        self._share_state()
 
     def __getstate__(self) -> dict[str, Any]:
         raise InputError("a Compact optimizer is not copied or pickled: keep its state_dict")
 
     def _refresh(self) -> None:
-        """Gathers anew what masks keep, where they have changed."""
-        weights, masks = self._wanted()
+        """Gathers anew what masks keep, where they have changed; what has none any more is dense again."""
+        self._forget_what_was_cleared()
         held = {id(weight) for group in self.param_groups for weight in group["params"]}
-        seen = {weights[name]: (mask, mask._version) for name, mask in masks.items() if id(weights[name]) in held}
-        changed = [weight for weight, (mask, version) in seen.items() if not self._has_seen(weight, mask, version)]
+        masks: dict[Parameter, Tensor] = {}
+        for wanted in self._wanted.values():
+            weights, found = wanted()
+            masks |= {weights[name]: mask for name, mask in found.items() if id(weights[name]) in held}
+        changed = [weight for weight, mask in masks.items() if not self._has_seen(weight, mask)]
+        changed += [weight for weight in self._kept if weight not in masks]
         for weight in changed:
-            mask = seen[weight][0]
             state = self._taken(weight)
             self._kept.pop(weight, None)
-            if int(mask.count_nonzero()) <= WORTH * mask.numel():
+            mask = masks.get(weight)
+            if mask is not None and int(mask.count_nonzero()) <= WORTH * mask.numel():
                 self._kept[weight] = Kept(weight, mask)
             self._give(weight, state)
-        self._seen |= seen
+        self._seen = {weight: (mask, mask._version) for weight, mask in masks.items()}
         if changed:
             self._regroup()
             self._share_state()
 
-    def _has_seen(self, weight: Parameter, mask: Tensor, version: int) -> bool:
-        known = self._seen.get(weight)
-        return known is not None and known[0] is mask and known[1] == version
+    def _forget_what_was_cleared(self) -> None:
+        """Whoever clears the state of this optimizer clears that of the one that it was given."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight not in self.state:
+                    self.inner.state.pop(self._stepped(weight), None)
+
+    def _has_seen(self, weight: Parameter, mask: Tensor) -> bool:
+        known, kept = self._seen.get(weight), self._kept.get(weight)
+        moved = kept is not None and (kept.values.dtype, kept.values.device) != (weight.dtype, weight.device)
+        return known is not None and known[0] is mask and known[1] == mask._version and not moved
 
     def _stepped(self, weight: Parameter) -> Parameter:
         """What the optimizer that it was given steps for a weight."""
@@ -152,7 +172,7 @@ class Kept:
 
     def __init__(self, weight: Parameter, mask: Tensor) -> None:
         self.mask = mask
-        self.places = mask.reshape(-1).nonzero().squeeze(1)
+        self.places = mask.to(weight.device).reshape(-1).nonzero().squeeze(1)
         self.values = Parameter(weight.detach().reshape(-1)[self.places], weight.requires_grad)
 
     def gather(self, weight: Parameter) -> None:
@@ -168,7 +188,7 @@ class Kept:
         if weight.is_contiguous():
             weight.view(-1).index_copy_(0, self.places, self.values.detach())
         else:
-            weight.masked_scatter_(self.mask, self.values.detach())
+            weight.masked_scatter_(self.mask.to(weight.device), self.values.detach())
 
     def widened(self, weight: Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
         """A state with values for the whole weight."""
@@ -176,7 +196,10 @@ class Kept:
 
     def narrowed(self, weight: Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
         """A state with values for what is kept."""
-        return {name: v.reshape(-1)[self.places] if _alike(v, weight) else v for name, v in state.items()}
+        return {
+            name: v.reshape(-1)[self.places].to(self.values.dtype if v.is_floating_point() else v.dtype)
+            if _alike(v, weight) else v for name, v in state.items()
+        }  # fmt: skip
 
     def _wide(self, weight: Parameter, value: Tensor) -> Tensor:
         return value.new_zeros(weight.numel()).index_copy_(0, self.places, value).view(weight.shape)
@@ -184,7 +207,3 @@ class Kept:
 
 def _alike(value: Any, tensor: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == tensor.shape and value.ndim > 0
-
-
-def _nothing() -> tuple[Weights, Masks]:
-    return {}, {}

@@ -23,8 +23,9 @@ class KeptLinear(nn.Module):
     columns: Tensor
     starts: Tensor
 
-    def __init__(self, weight: Tensor, rows: Rows, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, rows: Rows, bias: Tensor | None = None, mask: Tensor | None = None) -> None:
         super().__init__()
+        self.kept = int((weight if mask is None else mask).count_nonzero())
         self.out_features, self.in_features = weight.shape
         values, columns, starts = rows
         self.values = nn.Parameter(values)
@@ -35,7 +36,7 @@ class KeptLinear(nn.Module):
     @property
     def density(self) -> float:
         """The kept part of the weights."""
-        return self.values.numel() / max(1, self.in_features * self.out_features)
+        return self.kept / max(1, self.in_features * self.out_features)
 
     @property
     def weight(self) -> Tensor:
@@ -51,7 +52,7 @@ class SparseLinear(KeptLinear):
     """Single weights, by `ops.sparse_linear`."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> None:
-        super().__init__(weight, compressed(weight.detach(), mask), bias)
+        super().__init__(weight, compressed(weight.detach(), mask), bias, mask)
 
     @property
     def weight(self) -> Tensor:
@@ -66,7 +67,7 @@ class BlockSparseLinear(KeptLinear):
     """Square blocks of weights, by `ops.block_sparse_linear`."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, side: int = 32) -> None:
-        super().__init__(weight, compressed_blocks(weight.detach(), mask, side), bias)
+        super().__init__(weight, compressed_blocks(weight.detach(), mask, side), bias, mask)
 
     @property
     def weight(self) -> Tensor:
@@ -78,11 +79,22 @@ class BlockSparseLinear(KeptLinear):
 
 
 def kept_linear(layer: nn.Linear, mask: Tensor) -> KeptLinear:
-    """The layer by what its mask keeps: by blocks, the largest that the mask is made of, or else by single weights."""
+    """The layer by what its mask keeps: by the largest blocks that the mask is made of, or else by single weights.
+
+    Blocks that mostly lie beyond the weight are not taken: what they hold may exceed what is kept by a quarter.
+    """
     for side in reversed(SIDES):
-        if side <= min(mask.shape) and in_blocks(mask, side):
-            return BlockSparseLinear(layer.weight, layer.bias, mask, side)
+        if in_blocks(mask, side):
+            found = BlockSparseLinear(layer.weight, layer.bias, mask, side)
+            if found.values.numel() <= 1.25 * found.kept:
+                return found
     return SparseLinear(layer.weight, layer.bias, mask)
+
+
+def mask_of(name: str, layer: nn.Linear, masks: Masks | None) -> Tensor:
+    """What is kept of a layer: by its mask, or else what is not zero."""
+    found = (masks or {}).get(f"{name}.weight" if name else "weight", layer.weight != 0)
+    return found.to(layer.weight.device)
 
 
 def to_sparse(
@@ -94,18 +106,17 @@ def to_sparse(
 
     Kept is what the masks keep, by the weight's name, or else what is not zero. Layers above the density stay as they
     are, because there a dense product is faster on most processors; `train.py advise` measures it. Only those of
-    `linear_layers` are exchanged. Raises `InputError` for a density outside (0, 1].
+    `linear_layers` are exchanged, and their hooks stay behind. Raises `InputError` for a density outside (0, 1].
     """
     if not 0 < density <= 1:
         raise InputError(f"density={density} is the kept part of a layer's weights, up to which it pays, in (0, 1]")
-    masks = masks or {}
     names = linear_layers(module)
 
     def sparse(name: str, layer: nn.Module) -> nn.Module:
         if name not in names or (only is not None and name not in only):
             return layer
         layer = names[name]
-        mask = masks.get(f"{name}.weight" if name else "weight", layer.weight != 0).to(layer.weight.device)
+        mask = mask_of(name, layer, masks)
         if only is None and int(mask.count_nonzero()) > density * mask.numel():
             return layer
         found = kept_linear(layer, mask)
@@ -128,7 +139,7 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def to_dense(module: nn.Module) -> nn.Module:
-    """A copy of the module with `nn.Linear` in place of layers of kept weights: the same weights to the bit."""
+    """A copy of the module with `nn.Linear` in place of layers of kept weights: the same weights to the bit (-0: 0)."""
 
     def dense(name: str, layer: nn.Module) -> nn.Module:
         if not isinstance(layer, KeptLinear):

@@ -30,19 +30,42 @@ def shrink(chain: nn.Sequential) -> nn.Sequential:
 
     Raises `InputError` for a chain with other layers, which the `torch-pruning` package may know.
     """
-    layers = [copy.deepcopy(layer) for layer in _laid_out(chain)]
-    for layer in layers:
+    laid_out = _laid_out(chain)
+    for layer in laid_out:
         if type(layer) not in (*LAYERS, *ELEMENTWISE, *NORMS, *DROPOUTS, *POOLS, nn.Flatten):
             raise InputError(f"a chain of known layers is shrunk, {type(layer).__name__} is none of them")
+        if isinstance(layer, NORMS) and layer.running_mean is None:
+            raise InputError("batch norms without running statistics have no constants: they are not shrunk")
+        if "weight" not in dict(layer.named_parameters()) and isinstance(layer, LAYERS):
+            raise InputError("a layer's weight is no parameter of its own: make torch.nn.utils.prune's masks permanent")
         if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
             raise InputError("convolutions with groups, or padded by anything but zeros, are not shrunk")
+    layers = copy.deepcopy(laid_out)
     places = [place for place, layer in enumerate(layers) if isinstance(layer, LAYERS)]
+    for first, second in pairwise(places):
+        _check(layers[first], layers[first + 1 : second], layers[second])  # type: ignore[arg-type]  # both are
     changed = True
     while changed:  # what goes in a later layer may leave more without use in an earlier one
         changed = False
         for first, second in reversed(list(pairwise(places))):
             changed |= _thin(layers[first], layers[first + 1 : second], layers[second])  # type: ignore[arg-type]  # both are
     return nn.Sequential(*layers)
+
+
+def _check(layer: nn.Linear | nn.Conv2d, between: Sequence[nn.Module], following: nn.Linear | nn.Conv2d) -> None:
+    """Raises `InputError` where it is not plain which outputs of a layer the following one looks at."""
+    flat = [each for each in between if isinstance(each, nn.Flatten)]
+    if any((each.start_dim, each.end_dim) != (1, -1) for each in flat):
+        raise InputError("a Flatten of other dimensions than from the first to the last is not shrunk across")
+    if isinstance(layer, nn.Conv2d) and isinstance(following, nn.Linear) != bool(flat):
+        raise InputError(f"between {layer} and {following} there is one Flatten, or none between convolutions")
+    if isinstance(layer, nn.Linear) and (
+        isinstance(following, nn.Conv2d) or following.in_features != len(layer.weight)
+    ):
+        raise InputError(f"{following} has inputs that are not those of the {len(layer.weight)} outputs before it")
+    for each in between:
+        if isinstance(each, NORMS) and each.num_features != len(layer.weight):
+            raise InputError(f"{each} has other features than the {len(layer.weight)} outputs before it")
 
 
 @torch.no_grad()
@@ -53,7 +76,8 @@ def _thin(layer: nn.Linear | nn.Conv2d, between: Sequence[nn.Module], following:
     varies = layer.weight.flatten(1).count_nonzero(dim=1) > 0
     constant = _constants(layer, between)
     folds = constant == 0
-    if not any(isinstance(each, DROPOUTS) for each in between) and _sees_no_border(between, following):
+    padded = isinstance(following, nn.Conv2d) and following.padding not in (0, "valid", (0, 0))
+    if not padded and not any(isinstance(each, DROPOUTS) for each in between):
         folds = constant.isfinite()
     keep = looked_at & (varies | ~folds)
     idle = False
@@ -65,7 +89,8 @@ def _thin(layer: nn.Linear | nn.Conv2d, between: Sequence[nn.Module], following:
     gone = ~keep & looked_at
     if gone.any() and bool(constant[gone].any()):
         share = _by_input(following, count)[:, gone].sum(2) @ constant[gone]
-        following.bias = nn.Parameter(share if following.bias is None else following.bias + share)
+        old = following.bias
+        following.bias = nn.Parameter(share if old is None else old + share, old is None or old.requires_grad)
     _keep_outputs(layer, keep)
     for each in between:
         if isinstance(each, NORMS):
@@ -75,7 +100,10 @@ def _thin(layer: nn.Linear | nn.Conv2d, between: Sequence[nn.Module], following:
 
 
 def _constants(layer: nn.Linear | nn.Conv2d, between: Sequence[nn.Module]) -> Tensor:
-    """What each output is, if it does not depend on the input, when it reaches the following layer."""
+    """What each output is, if it does not depend on the input, when it reaches the following layer.
+
+    NaN where it is not the same everywhere: an average near a border counts zeros in.
+    """
     value = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.clone()
     for each in between:
         if isinstance(each, NORMS):
@@ -85,20 +113,15 @@ def _constants(layer: nn.Linear | nn.Conv2d, between: Sequence[nn.Module]) -> Te
             value = value * (1 if each.weight is None else each.weight) + (0 if each.bias is None else each.bias)
         elif isinstance(each, ELEMENTWISE):
             value = each(value)
+        elif isinstance(each, nn.AvgPool2d) and (
+            each.padding not in (0, (0, 0)) or each.ceil_mode or each.divisor_override
+        ):
+            value = value.where(value == 0, torch.nan)
     return value
-
-
-def _sees_no_border(between: Sequence[nn.Module], following: nn.Module) -> bool:
-    """Whether a constant is one everywhere that the following layer looks: padding with zeros would end it."""
-    pools = [each for each in between if isinstance(each, nn.AvgPool2d)]
-    padded = isinstance(following, nn.Conv2d) and following.padding not in (0, "valid", (0, 0))
-    return not padded and all(each.padding in (0, (0, 0)) and not each.ceil_mode for each in pools)
 
 
 def _by_input(following: nn.Linear | nn.Conv2d, count: int) -> Tensor:
     """The weights of the following layer by what they look at: ``[out, count, places]``."""
-    if isinstance(following, nn.Linear) and following.in_features % count:
-        raise InputError(f"{following} has inputs that are not those of the {count} outputs before it")
     return following.weight.reshape(len(following.weight), count, -1)
 
 
@@ -132,6 +155,8 @@ def _keep_features(norm: nn.BatchNorm1d | nn.BatchNorm2d, keep: Tensor) -> None:
 
 
 def _laid_out(chain: nn.Sequential) -> list[nn.Module]:
-    if not isinstance(chain, nn.Sequential):
-        raise InputError(f"an nn.Sequential is shrunk, got {type(chain).__name__}: pass the part that is a chain")
+    if not isinstance(chain, nn.Sequential) or type(chain).forward is not nn.Sequential.forward:
+        raise InputError(
+            f"an nn.Sequential is shrunk, got {type(chain).__name__}, which may do more: pass the part that is a chain"
+        )
     return [each for layer in chain for each in (_laid_out(layer) if isinstance(layer, nn.Sequential) else [layer])]

@@ -89,6 +89,10 @@ class Sparsifier:
             self.pattern.check(name, tuple(self.facing(name, weight).shape))
         self._upkeep = Upkeep(*optimizers, keeps_state=self.keeps_state)
         compact = [each for each in optimizers if isinstance(each, Compact)]
+        if compact and any(shards.is_spread(weight) for weight in weights.values()):
+            raise InputError(
+                "Compact takes whole weights, and these are spread over processes: take the optimizer itself"
+            )
         if compact and self.keeps_state:
             raise InputError(f"{type(self).__name__} needs the state of pruned weights, which Compact does not keep")
         self._plan = self.plan(horizon or Horizon())
@@ -109,7 +113,7 @@ class Sparsifier:
             self._renew_if_due(0)
         self.enforce()
         for optimizer in compact:
-            optimizer.follow(lambda: (self.weights(), self.masks))
+            optimizer.follow(lambda: (self.weights(), self.masks), by=self)
 
     def detach(self) -> None:
         """Forgets the model, its optimizers and the masks."""

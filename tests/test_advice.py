@@ -92,6 +92,34 @@ def test_tables_and_figures(fast: dict[str, float], tmp_path: Path, capsys: pyte
     advice.figure(found).savefig(tmp_path / "advice.png")
 
 
+def test_a_model_is_left_alone() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    net[0].requires_grad_(False)
+    net[2].weight.grad = torch.ones(2, 4)
+    found = advice.advise(net, [torch.randn(5, 4)], seconds=0.001)
+    assert int(net.get_buffer("1.num_batches_tracked")) == 0
+    assert torch.equal(net.get_parameter("2.weight").grad, torch.ones(2, 4))  # type: ignore[arg-type]  # it has one
+    assert [row["step"] is None for row in found["layers"]] == [True, False], "what is frozen takes no step"
+    advice.summary(found)
+    advice.figure(found)
+
+
+def test_masks_of_a_single_layer_and_inputs_by_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.layer(input=x)
+            return found
+
+    mask = torch.eye(64, dtype=torch.bool)
+    for net, name in ((nn.Linear(64, 64), "weight"), (Named(), "layer.weight")):
+        found = advice.advise(net, [torch.randn(3, 64)], {name: mask}, seconds=0.001)
+        assert found["layers"][0]["density"] == 1 / 64
+
+
 def test_a_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(InputError, match="Sequential calls no linear layer"):
         advice.advise(nn.Sequential(nn.Conv2d(1, 2, 3)), [torch.randn(1, 1, 6, 6)])

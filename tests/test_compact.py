@@ -144,6 +144,87 @@ def test_weights_that_others_write_are_taken_as_they_are() -> None:
         assert torch.equal(weight, value - mask.float())
 
 
+def test_weights_that_lose_their_masks_are_dense_again() -> None:
+    net = nn.Linear(8, 8)
+    optimizer = Compact(AdamW(net.parameters(), 0.1))
+    sparsifier = Sparsifier(0.9)
+    sparsifier.attach(net, optimizer)
+    for _ in range(2):
+        net.weight.grad = torch.ones(8, 8)
+        optimizer.step()
+        sparsifier.detach()
+    assert int((net.weight != 0).sum()) == 64
+    assert optimizer.state[net.weight]["exp_avg"].shape == (8, 8)
+
+
+def test_two_sparsifiers_share_an_optimizer() -> None:
+    nets = [nn.Linear(8, 8), nn.Linear(8, 8)]
+    optimizer = Compact(SGD([weight for net in nets for weight in net.parameters()], 0.1))
+    sparsifiers = [Sparsifier(0.9), Sparsifier(0.8)]
+    for net, sparsifier in zip(nets, sparsifiers, strict=True):
+        sparsifier.attach(net, optimizer)
+    for net in nets:
+        net.weight.grad = torch.ones(8, 8)
+    optimizer.step()
+    for net, sparsifier in zip(nets, sparsifiers, strict=True):
+        [mask] = sparsifier.masks.values()
+        assert not net.weight[~mask].any()
+    sparsifiers[0].masks = {"weight": torch.ones(8, 8, dtype=torch.bool)}
+    optimizer.step()
+    assert int((nets[0].weight != 0).sum()) == 64
+
+
+def test_a_state_that_is_cleared_is_gone() -> None:
+    found = []
+    for compact in (False, True):
+        run = Run(MADE["AdamW"], METHODS["fixed"], compact)
+        run.steps(0, 3)
+        run.optimizer.state.clear()
+        run.steps(3, 4)
+        found.append(run)
+    same(*found)
+    same_states(found[0].optimizer.state_dict(), found[1].optimizer.state_dict())
+
+
+def test_a_state_from_before_is_taken_over_and_old_ones_load() -> None:
+    weight = Parameter(torch.randn(4, 4))
+    adam = AdamW([weight], 0.1)
+    weight.grad = torch.ones(4, 4)
+    adam.step()
+    compact = Compact(adam)
+    saved = compact.state_dict()
+    assert saved["state"][0]["exp_avg"].shape == (4, 4)
+    for name in ("foreach", "fused", "decoupled_weight_decay"):
+        saved["param_groups"][0].pop(name, None)
+    compact.load_state_dict(saved)
+    compact.step()
+    assert int(compact.state[weight]["step"]) == 2
+
+
+def test_what_an_optimizer_counts_in_its_groups_is_kept() -> None:
+    class Counting(SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]  # returns nothing
+            for group in self.param_groups:
+                group["k"] = group.get("k", 0) + 1
+
+    weight = Parameter(torch.randn(4, 4))
+    optimizer = following(Counting([weight], 0.1), weight, torch.eye(4, dtype=torch.bool))
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["k"] == 3
+
+
+def test_a_network_that_changes_its_dtype() -> None:
+    net = nn.Linear(8, 8)
+    optimizer = Compact(SGD(net.parameters(), 0.1))
+    sparsifier = Sparsifier(0.9)
+    sparsifier.attach(net, optimizer)
+    net.double()
+    net.weight.grad = torch.ones(8, 8, dtype=torch.float64)
+    optimizer.step()
+    assert int((net.weight != 0).sum()) <= 7
+
+
 def test_a_weight_without_a_gradient_stays() -> None:
     weight = Parameter(torch.randn(4, 4))
     optimizer = following(SGD([weight], 1.0, weight_decay=0.5), weight, torch.eye(4, dtype=torch.bool))

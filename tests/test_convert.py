@@ -94,22 +94,30 @@ def test_kept_weights_that_are_zero_train_when_masks_say_so() -> None:
 @pytest.mark.parametrize("side", [16, 32, 64, 128])
 def test_blocks_are_kept_as_blocks(side: int) -> None:
     torch.manual_seed(0)
-    net = nn.Linear(300, 200)
-    cells = torch.zeros(-(-200 // side), -(-300 // side), dtype=torch.bool)
+    net = nn.Linear(384, 256)
+    cells = torch.zeros(256 // side, 384 // side, dtype=torch.bool)
     cells[0, 1] = cells[1, 0] = True
-    mask = cells.repeat_interleave(side, 0).repeat_interleave(side, 1)[:200, :300]
+    mask = cells.repeat_interleave(side, 0).repeat_interleave(side, 1)
     with torch.no_grad():
         net.weight.mul_(mask)
     found = to_sparse(net, density=1.0)
     assert isinstance(found, BlockSparseLinear)
     assert found.values.shape[1:] == (side, side)
-    x = torch.randn(5, 300)
+    x = torch.randn(5, 384)
     assert torch.allclose(found(x), net(x), atol=1e-5)
     found(x).sum().backward()
     assert found.values.grad is not None
     back = to_dense(found)
     assert isinstance(back, nn.Linear)
     assert torch.equal(back.weight, net.weight)
+
+
+def test_blocks_that_mostly_lie_beyond_the_weight_are_not_taken() -> None:
+    found = to_sparse(nn.Linear(130, 130), density=1.0)
+    assert isinstance(found, BlockSparseLinear)
+    assert found.values.numel() <= 1.25 * 130 * 130
+    assert found.density == 1.0
+    assert isinstance(to_sparse(nn.Linear(5, 3), density=1.0), SparseLinear)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -143,7 +151,7 @@ def test_tied_and_shared_layers() -> None:
     with torch.no_grad():
         for weight in (net.head.weight, net.twice.weight):
             weight.mul_(torch.rand_like(weight) < 0.2)
-    found = to_sparse(net)
+    found = to_sparse(net, density=0.6)
     assert isinstance(found.twice, SparseLinear)
     assert found.twice is found.again
     assert isinstance(found.head, nn.Linear), "its weight is the embedding's"

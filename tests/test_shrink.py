@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from sparsity import InputError, Sparsifier
 from sparsity.shrink import shrink
@@ -20,6 +21,17 @@ def same(chain: nn.Sequential, x: Tensor) -> nn.Sequential:
 def mlp(*middle: nn.Module) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), *middle, nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + self[0](x)
+        return found
+
+
+def masked(layer: nn.Linear) -> nn.Linear:
+    prune.l1_unstructured(layer, "weight", 0.5)  # type: ignore[no-untyped-call]  # torch's
+    return layer
 
 
 def weight(chain: nn.Sequential, place: int) -> Tensor:
@@ -86,6 +98,20 @@ def test_channels(padding: int) -> None:
     assert widths(found) == [7 if padding else 6, 3, 4]
 
 
+@pytest.mark.parametrize(("between", "bias"), [
+    ([nn.AvgPool2d(2, divisor_override=1)], 1.0), ([nn.AvgPool2d(3, 1, 1), nn.Hardswish()], -4.0),
+    ([nn.AvgPool2d(2, ceil_mode=True)], 1.0), ([nn.MaxPool2d(3, 1, 1)], 1.0),
+])  # fmt: skip
+def test_averages_at_a_border_are_no_constants(between: list[nn.Module], bias: float) -> None:
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Conv2d(1, 4, 3), *between, nn.Conv2d(4, 3, 3)).double()
+    with torch.no_grad():
+        weight(chain, 0)[1] = 0
+        chain.get_parameter("0.bias")[1] = bias
+    found = same(chain, torch.randn(2, 1, 11, 11).double())
+    assert widths(found)[0] == (3 if isinstance(between[0], nn.MaxPool2d) else 4)
+
+
 def test_a_pruned_network_shrinks() -> None:
     torch.manual_seed(0)
     chain = nn.Sequential(
@@ -115,6 +141,13 @@ def test_what_is_needed_stays() -> None:
     (nn.Sequential(nn.Linear(3, 3), nn.Softmax(1), nn.Linear(3, 3)), "Softmax is none of them"),
     (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "groups"),
     (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(6, 2)), "not those of the 4 outputs"),
+    (nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(8, 2)), "not those of the 4 outputs"),
+    (nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Linear(4, 2)), "there is one Flatten"),
+    (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(2), nn.Linear(4, 2)), "other dimensions"),
+    (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 2)), "other features than"),
+    (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2)), "running stat"),
+    (nn.Sequential(masked(nn.Linear(3, 4)), nn.Linear(4, 2)), "prune's masks permanent"),
+    (Residual(nn.Linear(3, 3)), "got Residual, which may do more"),
 ])  # fmt: skip
 def test_what_cannot_be_shrunk_is_refused(chain: nn.Module, message: str) -> None:
     with pytest.raises(InputError, match=message):

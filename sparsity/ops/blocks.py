@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsity.ops import linear
-from sparsity.ops.linear import Rows, check_places, native_call, rows_of, wide
+from sparsity.ops.linear import Rows, check_places, flattened, native_call, rows_of, wide
 
 SIDES = (16, 32, 64, 128)
 
@@ -63,10 +63,7 @@ def block_sparse_linear(
 
     Raises `ValueError` for tensors that do not fit one another, and `IndexError` for columns out of range.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)  # as in `sparse_linear`
-        x, values = x.to(dtype), values.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    x, values, bias = linear.autocasted(x, values, bias)
     found: Tensor = torch.ops.sparsity.blocks(x, values, columns, starts, bias, out)
     return found
 
@@ -80,7 +77,7 @@ def _blocks(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Te
     if not linear.is_native(x, values):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, decompressed_blocks(values, columns, starts, out, width), bias)
-    flat, bias = wide(x.reshape(-1, width)), None if bias is None else wide(bias)
+    flat, bias = wide(flattened(x)), None if bias is None else wide(bias)
     y = flat.new_empty(len(flat), out)
     _call("sparsity_blocks", wide(values), columns, starts, out, width, flat, len(flat), bias, y)
     return y.view(*x.shape[:-1], out).to(x.dtype)
@@ -94,7 +91,7 @@ def _blocks_input(y: Tensor, values: Tensor, columns: Tensor, starts: Tensor, wi
     if not linear.is_native(y, values):
         with torch.autocast(y.device.type, enabled=False):
             return y @ decompressed_blocks(values, columns, starts, out, width)
-    flat = wide(y.reshape(-1, out))
+    flat = wide(flattened(y))
     x = flat.new_empty(len(flat), width)
     _call("sparsity_blocks_input", wide(values), columns, starts, out, width, flat, len(flat), x)
     return x.view(*y.shape[:-1], width).to(y.dtype)
@@ -106,7 +103,7 @@ def _blocks_values(y: Tensor, x: Tensor, columns: Tensor, starts: Tensor, side: 
     out, width = y.shape[-1], x.shape[-1]
     values = x.new_empty(len(columns), side, side, dtype=wide(x[:0]).dtype)
     _check(values.to(x.dtype), columns, starts, x, y, out, width)
-    flat_y, flat_x = y.reshape(-1, out), x.reshape(-1, width)
+    flat_y, flat_x = flattened(y), flattened(x)
     if not linear.is_native(x, values):
         with torch.autocast(x.device.type, enabled=False):
             return _cut(flat_y.t() @ flat_x, side)[rows_of(values, starts), columns.long()]
@@ -144,7 +141,7 @@ def _blocks_backward(ctx: Any, y: Tensor) -> tuple[Tensor | None, ...]:
     return (
         ops.blocks_input(y, values, columns, starts, x.shape[-1]) if wanted[0] else None,
         ops.blocks_values(y, x, columns, starts, values.shape[-1]) if wanted[1] else None,
-        None, None, y.reshape(-1, y.shape[-1]).sum(0) if ctx.biased and wanted[4] else None, None,
+        None, None, flattened(y).sum(0) if ctx.biased and wanted[4] else None, None,
     )  # fmt: skip
 
 

@@ -51,13 +51,21 @@ def sparse_linear(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bi
 
     Raises `ValueError` for tensors that do not fit one another, and `IndexError` for columns out of range.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        # By hand, as torch.library's own rule knows one dtype only, whatever the user's autocast has.
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, values = x.to(dtype), values.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    x, values, bias = autocasted(x, values, bias)
     out: Tensor = torch.ops.sparsity.linear(x, values, columns, starts, bias)
     return out
+
+
+def autocasted(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """These in the dtype of the user's autocast where it is on, which leaves float64 alone.
+
+    By hand, as torch.library's own rule knows one dtype only, whatever the autocast has.
+    """
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x, values, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
 
 
 @torch.library.custom_op("sparsity::linear", mutates_args=())
@@ -68,7 +76,7 @@ def _linear(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Te
     if not is_native(x, values):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, decompressed(values, columns, starts, x.shape[-1]), bias)
-    flat, bias = wide(x.reshape(-1, x.shape[-1])), None if bias is None else wide(bias)
+    flat, bias = wide(flattened(x)), None if bias is None else wide(bias)
     y = flat.new_empty(len(flat), len(starts) - 1)
     _call("sparsity_linear", wide(values), columns, starts, x.shape[-1], flat, len(flat), bias, y)
     return y.view(*x.shape[:-1], len(starts) - 1).to(x.dtype)
@@ -81,7 +89,7 @@ def _linear_input(y: Tensor, values: Tensor, columns: Tensor, starts: Tensor, wi
     if not is_native(y, values):
         with torch.autocast(y.device.type, enabled=False):
             return y @ decompressed(values, columns, starts, width)
-    flat = wide(y.reshape(-1, y.shape[-1]))
+    flat = wide(flattened(y))
     x = flat.new_empty(len(flat), width)
     _call("sparsity_linear_input", wide(values), columns, starts, width, flat, len(flat), x)
     return x.view(*y.shape[:-1], width).to(y.dtype)
@@ -91,7 +99,7 @@ def _linear_input(y: Tensor, values: Tensor, columns: Tensor, starts: Tensor, wi
 def _linear_values(y: Tensor, x: Tensor, columns: Tensor, starts: Tensor) -> Tensor:
     """``y^T x`` at the kept places, for ``y [..., out]`` and ``x [..., in]``: in the order of the values."""
     _check(None, columns, starts, x, y, x.shape[-1])
-    flat_y, flat_x = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    flat_y, flat_x = flattened(y), flattened(x)
     if not is_native(x, columns):
         with torch.autocast(x.device.type, enabled=False):
             return (flat_y.t() @ flat_x)[rows_of(columns, starts), columns.long()]
@@ -131,7 +139,7 @@ def _linear_backward(context: Any, y: Tensor) -> tuple[Tensor | None, ...]:
     return (
         torch.ops.sparsity.linear_input(y, values, columns, starts, x.shape[-1]) if wanted[0] else None,
         torch.ops.sparsity.linear_values(y, x, columns, starts) if wanted[1] else None,
-        None, None, y.reshape(-1, y.shape[-1]).sum(0) if context.biased and wanted[4] else None,
+        None, None, flattened(y).sum(0) if context.biased and wanted[4] else None,
     )  # fmt: skip
 
 
@@ -191,9 +199,13 @@ _PLACES: Any = WeakIdKeyDictionary()  # columns that have been looked at: with w
 
 
 def check_places(columns: Tensor, starts: Tensor, width: int) -> None:
-    """Raises `IndexError` for places outside of the weight; looks once at tensors that do not change."""
+    """Raises `IndexError` for places outside of the weight; looks once at tensors that do not change.
+
+    Writes through `.data` or numpy are not seen.
+    """
     told = not (columns.is_inference() or starts.is_inference())
-    seen = (starts, starts._version, columns._version, width) if told else None
+    memory = (starts.data_ptr(), columns.data_ptr(), len(columns), len(starts))
+    seen = (starts, starts._version, columns._version, width, memory) if told else None
     known = _PLACES.get(columns)
     if seen and known and known[0] is starts and known[1:] == seen[1:]:
         return
@@ -215,6 +227,11 @@ def is_native(x: Tensor, kept: Tensor) -> bool:
     return x.is_cpu and not small and native.library() is not None
 
 
+def flattened(tensor: Tensor) -> Tensor:
+    """As a matrix of the last dimension, also where that is empty."""
+    return tensor.flatten(0, -2) if tensor.ndim > 1 else tensor[None]
+
+
 def wide(tensor: Tensor) -> Tensor:
     """Contiguous, in float32 or float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
@@ -230,7 +247,8 @@ def native_call(name: str, first: list[Tensor | int], sizes: list[Tensor | int |
     """The C++ function of this name: tensors by their memory, numbers as int and, of `sizes`, int64; then threads."""
     given = [each if isinstance(each, int) else _at(each) for each in first]
     rest = [c_int64(each) if isinstance(each, int) else None if each is None else _at(each) for each in sizes]
-    getattr(native.library(), name)(*given, *rest, torch.get_num_threads())
+    if getattr(native.library(), name)(*given, *rest, torch.get_num_threads()):
+        raise MemoryError(f"there is no memory for the batch of {name}: take a smaller one")
 
 
 def _at(tensor: Tensor) -> c_void_p:

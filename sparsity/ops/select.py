@@ -29,6 +29,8 @@ def kth_largest(tensors: Iterable[Tensor], k: int) -> Tensor:
     """
     tensors = list(tensors) if isinstance(tensors, Iterator) else tensors
     dtype = next(iter(tensors), torch.empty(0)).dtype
+    if dtype.itemsize not in INTEGERS:
+        raise ValueError(f"expected floating tensors of 16, 32 or 64 bits, got {dtype}")
     top = 8 * dtype.itemsize - DIGIT
     prefix, rank = 0, k
     for shift in range(top, -1, -DIGIT):
@@ -78,10 +80,13 @@ def _histogram(tensor: Tensor, dtype: torch.dtype, shift: int, prefix: int | Non
     histogram = torch.zeros(1 << DIGIT, dtype=torch.int64, device=tensor.device)
     values = tensor.detach().reshape(-1)
     if values.is_cpu and values.numel() >= LARGE and (library := native.library()) is not None:
-        library.sparsity_histogram(
+        values = values.contiguous()
+        failed = library.sparsity_histogram(
             c_void_p(values.data_ptr()), c_int64(values.numel()), values.element_size(), shift, prefix is None,
             c_int64(prefix or 0), c_void_p(histogram.data_ptr()), min(torch.get_num_threads(), THREADS),
         )  # fmt: skip
+        if failed:
+            raise MemoryError("there is no memory for the histograms of a selection")
         return histogram
     # Negative floats grow in magnitude with their bits: their bins are put into order afterwards, which is cheaper.
     negative = prefix is not None and prefix < 0

@@ -108,6 +108,15 @@ def test_what_lies_beyond_the_weight_is_not_looked_at() -> None:
     assert torch.allclose(found, slope @ weight)
 
 
+def test_slopes_beyond_the_weight_are_zero() -> None:
+    x, slope, weight, mask, _ = case(5, 33, 20, 16, 1.0)
+    x[0, 0] = float("inf")
+    _, columns, starts = compressed_blocks(weight, mask, 16)
+    found = torch.ops.sparsity.blocks_values(slope, x, columns, starts, 16)
+    inside = compressed_blocks(torch.ones_like(weight), mask, 16)[0] > 0
+    assert not found[~inside].any()
+
+
 def test_gradients_by_differences() -> None:
     x, _, weight, mask, bias = case(2, 18, 17, 16, 0.5)
     values, columns, starts = compressed_blocks(weight, mask, 16)

@@ -217,6 +217,53 @@ def test_autocast(dtype: torch.dtype) -> None:
     close(y, F.linear(x.double(), weight.double() * mask, bias.double()), torch.bfloat16)
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    x, _, weight, mask, bias = case(20, 33, 18, 0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sparse_linear(x, *compressed(weight, mask), bias).dtype == torch.float64
+
+
+def test_shapes_without_numbers() -> None:
+    values, columns, starts = compressed(torch.ones(2, 3))
+    meta = [each.to("meta") for each in (torch.ones(4, 3), values, columns, starts)]
+    assert sparse_linear(*meta).shape == (4, 2)
+
+
+def test_layers_without_inputs_have_gradients() -> None:
+    x, bias = torch.ones(5, 0, requires_grad=True), torch.ones(4, requires_grad=True)
+    values, columns, starts = compressed(torch.zeros(4, 0))
+    found = torch.autograd.grad(
+        sparse_linear(x, values.requires_grad_(), columns, starts, bias).sum(), (x, values, bias)
+    )
+    assert [each.shape for each in found] == [(5, 0), (0,), (4,)]
+
+
+BOMB = """
+import resource, torch
+from sparsity.ops import compressed, linear, sparse_linear
+values, columns, starts = compressed(torch.eye(4, 4_000_000))
+x = torch.ones(3, 4_000_000)
+sparse_linear(x[:, :4], *compressed(torch.eye(4)))
+linear.WORK = 0
+sparse_linear(x[:, :4].contiguous(), *compressed(torch.eye(4)))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20), -1))
+try:
+    sparse_linear(x, values, columns, starts)
+except MemoryError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads what Linux says of memory")
+def test_too_large_a_batch_is_an_error(backend: str) -> None:
+    if backend == "plain":
+        pytest.skip("of C++")
+    done = subprocess.run([sys.executable, "-c", BOMB], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "there is no memory for the batch" in done.stdout
+
+
 @pytest.mark.parametrize(("change", "error", "message"), [
     ({"x": torch.randn(2, 5)}, IndexError, "columns are from 0 to 6, the weight has 5"),
     ({"columns": torch.tensor([0, -1, 2], dtype=torch.int32)}, IndexError, "columns are from -1 to 2"),

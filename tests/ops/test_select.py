@@ -109,8 +109,10 @@ def test_kth_largest_tells_neighbouring_floats_apart() -> None:
         torch.arange(60.0).view(3, 4, 5)[:, ::2, 1:],
         torch.arange(4.0).view(4, 1).expand(4, 3),
         torch.arange(96.0).view(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+        torch.arange(40.0)[::2],
+        torch.ones(()).expand(50),
     ],
-    ids=["transposed", "sliced", "expanded", "channels last"],
+    ids=["transposed", "sliced", "expanded", "channels last", "strided", "one for all"],
 )
 def test_non_contiguous_tensors(tensor: Tensor) -> None:
     expected = descending([tensor])
@@ -184,6 +186,11 @@ def test_kth_largest_refuses_mixed_dtypes(other: torch.dtype, message: str) -> N
 def test_kth_largest_refuses_integers() -> None:
     with pytest.raises(ValueError, match=r"expected floating tensors .* got torch\.int64"):
         kth_largest([torch.arange(3)], 1)
+
+
+def test_kth_largest_refuses_floats_of_eight_bits() -> None:
+    with pytest.raises(ValueError, match="16, 32 or 64 bits"):
+        kth_largest([torch.ones(3).to(torch.float8_e4m3fn)], 1)
 
 
 @dtypes

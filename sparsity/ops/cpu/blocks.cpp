@@ -66,7 +66,7 @@ void to_input(const Blocks<Real>& w, const Real* y, int64_t batch, Real* x, int 
     using Lane = typename Lanes<Real>::type;
     constexpr int lanes = Lanes<Real>::count, count = T / lanes;
     const int64_t tiles = (batch + T - 1) / T, rows = w.padded_rows(), size = w.padded_width() * T;
-    const int64_t parts = std::max<int64_t>(1, threads / tiles);
+    const int64_t parts = shares(threads / tiles, w.block_rows(), size * sizeof(Real));
     const Buffer<Real> in = packed_tiles<Real, T>(y, batch, w.rows, rows, threads);
     Buffer<Real> out = uninitialised<Real>(tiles * parts * size);
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic)
@@ -110,7 +110,7 @@ void to_input(const Blocks<Real>& w, const Real* y, int64_t batch, Real* x, int 
     }
 }
 
-// The slopes of a block's places beyond the weight are zero, as the packed rows and columns there are.
+// The slopes of a block's places beyond the weight are zero.
 template <class Real, int T>
 void to_values(const Blocks<Real>& w, const Real* y, const Real* x, int64_t batch, int threads) {
     using Lane = typename Lanes<Real>::type;
@@ -121,6 +121,7 @@ void to_values(const Blocks<Real>& w, const Real* y, const Real* x, int64_t batc
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t block_row = 0; block_row < w.block_rows(); ++block_row) {
         for (int64_t p = w.starts[block_row]; p < w.starts[block_row + 1]; ++p) {
+            const int64_t columns = w.count_columns(w.columns[p]);
             for (int64_t tile = 0; tile < tiles; ++tile) {
                 const Real* from_y = out.get() + (tile * rows + block_row * w.side) * T;
                 const Real* from_x = in.get() + (tile * width + w.columns[p] * w.side) * T;
@@ -138,7 +139,8 @@ void to_values(const Blocks<Real>& w, const Real* y, const Real* x, int64_t batc
                         for (int a = 0; a < kChunk; ++a) {
                             Real* place = w.values + (p * w.side + r + a) * w.side + c;
                             for (int b = 0; b < kChunk; ++b) {
-                                place[b] = (tile ? place[b] : Real{0}) + sum_of<Real>(sums[a][b]);
+                                const bool inside = r + a < w.count_rows(block_row) && c + b < columns;
+                                place[b] = inside ? (tile ? place[b] : Real{0}) + sum_of<Real>(sums[a][b]) : Real{0};
                             }
                         }
                     }
@@ -149,10 +151,15 @@ void to_values(const Blocks<Real>& w, const Real* y, const Real* x, int64_t batc
 }
 
 template <class Body>
-void typed(void* values, int width, const int32_t* columns, const int64_t* starts, int64_t side, int64_t rows,
+int typed(void* values, int width, const int32_t* columns, const int64_t* starts, int64_t side, int64_t rows,
            int64_t cols, Body body) {
-    if (width == 8) body(Blocks<double>{static_cast<double*>(values), columns, starts, side, rows, cols}, double{});
-    else body(Blocks<float>{static_cast<float*>(values), columns, starts, side, rows, cols}, float{});
+    try {
+        if (width == 8) body(Blocks<double>{static_cast<double*>(values), columns, starts, side, rows, cols}, double{});
+        else body(Blocks<float>{static_cast<float*>(values), columns, starts, side, rows, cols}, float{});
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
 }
 
 }  // namespace
@@ -160,10 +167,11 @@ void typed(void* values, int width, const int32_t* columns, const int64_t* start
 extern "C" {
 
 // All matrices are contiguous: x [batch, cols], y [batch, rows]; values, bias and results have `width` bytes a number.
+// Each returns 0, or 1 where there is no memory for its work.
 
-void sparsity_blocks(void* values, int width, const int32_t* columns, const int64_t* starts, int64_t side, int64_t rows,
+int sparsity_blocks(void* values, int width, const int32_t* columns, const int64_t* starts, int64_t side, int64_t rows,
                      int64_t cols, const void* x, int64_t batch, const void* bias, void* y, int threads) {
-    typed(values, width, columns, starts, side, rows, cols, [&](auto w, auto real) {
+    return typed(values, width, columns, starts, side, rows, cols, [&](auto w, auto real) {
         using Real = decltype(real);
         const Real *from = static_cast<const Real*>(x), *added = static_cast<const Real*>(bias);
         if (batch <= 16) forward<Real, 16>(w, from, batch, added, static_cast<Real*>(y), threads);
@@ -172,9 +180,9 @@ void sparsity_blocks(void* values, int width, const int32_t* columns, const int6
     });
 }
 
-void sparsity_blocks_input(void* values, int width, const int32_t* columns, const int64_t* starts, int64_t side,
+int sparsity_blocks_input(void* values, int width, const int32_t* columns, const int64_t* starts, int64_t side,
                            int64_t rows, int64_t cols, const void* y, int64_t batch, void* x, int threads) {
-    typed(values, width, columns, starts, side, rows, cols, [&](auto w, auto real) {
+    return typed(values, width, columns, starts, side, rows, cols, [&](auto w, auto real) {
         using Real = decltype(real);
         const Real* from = static_cast<const Real*>(y);
         if (batch <= 16) to_input<Real, 16>(w, from, batch, static_cast<Real*>(x), threads);
@@ -184,9 +192,9 @@ void sparsity_blocks_input(void* values, int width, const int32_t* columns, cons
 }
 
 // `values` are written: the slopes.
-void sparsity_blocks_values(void* values, int width, const int32_t* columns, const int64_t* starts, int64_t side,
+int sparsity_blocks_values(void* values, int width, const int32_t* columns, const int64_t* starts, int64_t side,
                             int64_t rows, int64_t cols, const void* y, const void* x, int64_t batch, int threads) {
-    typed(values, width, columns, starts, side, rows, cols, [&](auto w, auto real) {
+    return typed(values, width, columns, starts, side, rows, cols, [&](auto w, auto real) {
         using Real = decltype(real);
         const Real *of_y = static_cast<const Real*>(y), *of_x = static_cast<const Real*>(x);
         if (batch <= 32) to_values<Real, 32>(w, of_y, of_x, batch, threads);

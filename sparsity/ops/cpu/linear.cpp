@@ -64,7 +64,7 @@ void to_input(const Weight<Real, Index>& w, const Real* y, int64_t batch, Real* 
     using Lane = typename Lanes<Real>::type;
     constexpr int lanes = Lanes<Real>::count, count = T / lanes;
     const int64_t tiles = (batch + T - 1) / T, size = w.width * T;
-    const int64_t parts = std::max<int64_t>(1, threads / tiles);
+    const int64_t parts = shares(threads / tiles, w.rows / kRows, size * sizeof(Real));
     const Buffer<Real> in = packed_tiles<Real, T>(y, batch, w.rows, w.rows, threads);
     Buffer<Real> out = uninitialised<Real>(tiles * parts * size);
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic)
@@ -157,7 +157,7 @@ void to_values_any(const Weight<Real, Index>& w, const Real* y, const Real* x, i
 
 // Calls `body` with the weight in its own types: values of `width` bytes, columns of `index` bytes.
 template <class Body>
-void typed(const void* values, int width, const void* columns, int index, const int64_t* starts, int64_t rows,
+int typed(const void* values, int width, const void* columns, int index, const int64_t* starts, int64_t rows,
            int64_t cols, Body body) {
     auto given = [&](auto real) {
         using Real = decltype(real);
@@ -165,8 +165,13 @@ void typed(const void* values, int width, const void* columns, int index, const 
         if (index == 2) body(Weight<Real, int16_t>{v, static_cast<const int16_t*>(columns), starts, rows, cols}, real);
         else body(Weight<Real, int32_t>{v, static_cast<const int32_t*>(columns), starts, rows, cols}, real);
     };
-    if (width == 8) given(double{});
-    else given(float{});
+    try {
+        if (width == 8) given(double{});
+        else given(float{});
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
 }
 
 }  // namespace
@@ -174,28 +179,29 @@ void typed(const void* values, int width, const void* columns, int index, const 
 extern "C" {
 
 // All matrices are contiguous: x [batch, cols], y [batch, rows]; values, bias and results have `width` bytes a number.
+// Each returns 0, or 1 where there is no memory for its work.
 
-void sparsity_linear(const void* values, int width, const void* columns, int index, const int64_t* starts, int64_t rows,
+int sparsity_linear(const void* values, int width, const void* columns, int index, const int64_t* starts, int64_t rows,
                      int64_t cols, const void* x, int64_t batch, const void* bias, void* y, int threads) {
-    typed(values, width, columns, index, starts, rows, cols, [&](auto w, auto real) {
+    return typed(values, width, columns, index, starts, rows, cols, [&](auto w, auto real) {
         using Real = decltype(real);
         forward_any(w, static_cast<const Real*>(x), batch, static_cast<const Real*>(bias), static_cast<Real*>(y),
                     threads);
     });
 }
 
-void sparsity_linear_input(const void* values, int width, const void* columns, int index, const int64_t* starts,
+int sparsity_linear_input(const void* values, int width, const void* columns, int index, const int64_t* starts,
                            int64_t rows, int64_t cols, const void* y, int64_t batch, void* x, int threads) {
-    typed(values, width, columns, index, starts, rows, cols, [&](auto w, auto real) {
+    return typed(values, width, columns, index, starts, rows, cols, [&](auto w, auto real) {
         using Real = decltype(real);
         to_input_any(w, static_cast<const Real*>(y), batch, static_cast<Real*>(x), threads);
     });
 }
 
 // `values` are written: the slope of each.
-void sparsity_linear_values(void* values, int width, const void* columns, int index, const int64_t* starts,
+int sparsity_linear_values(void* values, int width, const void* columns, int index, const int64_t* starts,
                             int64_t rows, int64_t cols, const void* y, const void* x, int64_t batch, int threads) {
-    typed(nullptr, width, columns, index, starts, rows, cols, [&](auto w, auto real) {
+    return typed(nullptr, width, columns, index, starts, rows, cols, [&](auto w, auto real) {
         using Real = decltype(real);
         to_values_any(w, static_cast<const Real*>(y), static_cast<const Real*>(x), batch, static_cast<Real*>(values),
                       threads);

@@ -1,7 +1,7 @@
 // Histograms of 16 bits of floats, for an exact selection by rank: see select.py.
 
 #include <cstdint>
-#include <cstring>
+#include <new>
 #include <vector>
 
 namespace {
@@ -45,16 +45,17 @@ void count_within(const Key* bits, int64_t size, int shift, Key prefix, uint32_t
 template <class Key>
 void histogram(const void* data, int64_t size, int shift, bool first, int64_t prefix, int64_t* out, int threads) {
     const Key* bits = static_cast<const Key*>(data);
+    std::vector<uint32_t> all(kBins * threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int part = 0; part < threads; ++part) {
-        std::vector<uint32_t> counts(kBins);
+        uint32_t* counts = all.data() + kBins * part;
         const int64_t from = size * part / threads, to = size * (part + 1) / threads;
         for (int64_t begin = from; begin < to; begin += kMost) {
             const int64_t length = to - begin < kMost ? to - begin : kMost;
             if (first) {
-                count_first(bits + begin, length, shift, counts.data());
+                count_first(bits + begin, length, shift, counts);
             } else {
-                count_within(bits + begin, length, shift, static_cast<Key>(prefix), counts.data());
+                count_within(bits + begin, length, shift, static_cast<Key>(prefix), counts);
             }
 #pragma omp critical
             for (int64_t bin = 0; bin < kBins; ++bin) {
@@ -70,11 +71,16 @@ void histogram(const void* data, int64_t size, int shift, bool first, int64_t pr
 extern "C" {
 
 // Adds to `out`, int64 [65536], how many of `size` floats of `width` bytes have each value of the 16 bits above
-// `shift`: of all, or of those whose bits above them are `prefix`.
-void sparsity_histogram(const void* data, int64_t size, int width, int shift, int first, int64_t prefix, int64_t* out,
-                        int threads) {
-    if (width == 2) histogram<int16_t>(data, size, shift, first, prefix, out, threads);
-    if (width == 4) histogram<int32_t>(data, size, shift, first, prefix, out, threads);
-    if (width == 8) histogram<int64_t>(data, size, shift, first, prefix, out, threads);
+// `shift`: of all, or of those whose bits above them are `prefix`. Returns 1 where there is no memory for it.
+int sparsity_histogram(const void* data, int64_t size, int width, int shift, int first, int64_t prefix, int64_t* out,
+                       int threads) {
+    try {
+        if (width == 2) histogram<int16_t>(data, size, shift, first, prefix, out, threads);
+        if (width == 4) histogram<int32_t>(data, size, shift, first, prefix, out, threads);
+        if (width == 8) histogram<int64_t>(data, size, shift, first, prefix, out, threads);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
 }
 }

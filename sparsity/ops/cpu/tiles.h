@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <new>
 
 template <class Real>
 struct Lanes {
@@ -76,4 +77,9 @@ Buffer<Real> packed_tiles(const Real* x, int64_t batch, int64_t width, int64_t p
         pack<Real, T>(x, batch, width, padded, tile, packed.get() + tile * padded * T);
     }
     return packed;
+}
+
+// How many parts share a sum, each with one of `bytes` of its own: not more than there is work for, nor 64 MB.
+inline int64_t shares(int64_t wanted, int64_t work, int64_t bytes) {
+    return std::max<int64_t>(1, std::min({wanted, work, (int64_t{1} << 26) / std::max<int64_t>(1, bytes)}));
 }
