@@ -219,7 +219,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
     known = {(row["method"], row["density"], row["seed"]) for row in rows}
     missing = [(*case, seed) for seed in options.seeds for case in cases if (*case, seed) not in known]
-    with ProcessPoolExecutor(options.jobs, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(options.jobs) as pool:
         runs = [
             pool.submit(run, options.setting, each, options.epochs, options.rate, options.data, options.accelerator)
             for each in missing

@@ -244,7 +244,7 @@ def main() -> None:
     known = {(row["method"], row["sparsity"], row["seed"]) for row in rows}
     missing = [(*case, seed) for seed in options.seeds for case in cases if (*case, seed) not in known]
     epochs = SETTINGS[options.setting].epochs
-    with ProcessPoolExecutor(options.jobs, max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(options.jobs) as pool:
         runs = [pool.submit(run, options.setting, each, epochs, options.data, options.accelerator) for each in missing]
         for done in track(as_completed(runs), total=len(runs), description=options.setting):
             rows.append(done.result())

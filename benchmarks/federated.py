@@ -194,7 +194,7 @@ def main() -> None:
         (split, method, sparsity, seed) for seed in options.seeds for split in options.partitions
         for method in options.methods for sparsity in ([0.0] if method in DENSE else options.sparsities)
     ]  # fmt: skip
-    with ProcessPoolExecutor(options.jobs, max_tasks_per_child=4) as pool:
+    with ProcessPoolExecutor(options.jobs) as pool:
         jobs = [pool.submit(run, options.setting, case, options.data) for case in cases if case not in known]
         for done in track(as_completed(jobs), total=len(jobs), description=options.setting):
             runs.append(done.result())
