@@ -94,6 +94,9 @@ METHODS: dict[str, Callable[[float, Setting], Sparsify]] = {
         sparsity, each_round(sparsity, setting.prunings[1]), "1ep", Particles(2, 0.25)
     ),
     "HyperSparse": lambda sparsity, setting: regularised(sparsity, HyperSparsity(*setting.penalty), setting),
+    "HyperSparse, untuned": lambda sparsity, _: regularised(
+        sparsity, HyperSparsity(*SETTINGS["lenet300"].penalty), SETTINGS["lenet300"]
+    ),
     "L1 in its place": lambda sparsity, setting: regularised(sparsity, Lasso(*setting.penalty), setting),
 }  # fmt: skip
 

@@ -39,6 +39,7 @@ from sparsity.federated.report import figure
 from sparsity.schedules import CosineDrop
 
 RESULTS = Path(__file__).parent / "results"
+EVERY = 5  # rounds from one move of masks, or one measurement, to the next
 
 
 class Setting(NamedTuple):
@@ -59,9 +60,6 @@ PARTITIONS: dict[str, Callable[[], Partition]] = {
     "Dirichlet 0.1": lambda: Dirichlet(0.1),
     "Dirichlet 0.5": lambda: Dirichlet(0.5),
 }
-
-
-EVERY = 5
 
 
 def moves() -> CosineDrop:
@@ -162,13 +160,13 @@ def by_then(run: dict[str, Any], sent: float) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The summary in Markdown."""
-    lines = ["| clients | method | zeros | late | test | MB | of FedAvg's | FedAvg then |", "|---" * 8 + "|"]
+    lines = ["| clients | method | zeros | seeds | late | test | MB | of FedAvg's | FedAvg then |", "|---" * 9 + "|"]
     for row in rows:
         found = [spread(row[f"{name}_acc_mean"], row[f"{name}_acc_std"]) for name in ("late", "test")]
         share = "" if row["of_fedavg"] is None else f"{row['of_fedavg']:.3f} | {100 * row['fedavg_then']:.2f}"
         lines.append(
             f"| {row['partition']} | {row['method']} | {100 * row['sparsity']:g} % | "
-            f"{' | '.join(found)} | {row['megabytes']:.1f} | {share} |"
+            f"{row['seeds']} | {' | '.join(found)} | {row['megabytes']:.1f} | {share} |"
         )
     return "\n".join(lines)
 

@@ -10,7 +10,6 @@ input, and the gradient of the weight or of its kept places.
 import argparse
 import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsity import Sparsifier, models
+from sparsity import Sparsifier, advice, models
 from sparsity.compact import Compact
 from sparsity.convert import to_sparse
 from sparsity.distributions import Uniform
@@ -34,17 +33,19 @@ Row = dict[str, Any]
 
 
 def medians(calls: dict[str, Callable[[], object]], seconds: float = 0.5) -> dict[str, float]:
-    """Milliseconds of each call, all of them in turn, so that what disturbs one disturbs the others."""
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < end or len(times[next(iter(times))]) < 5:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(found) for name, found in times.items()}
+    return advice.medians(calls, torch.device("cpu"), seconds)
+
+
+def dense_step(x: Tensor, slope: Tensor, weight: Tensor) -> Callable[[], object]:
+    """Forward, and both gradients, into memory that is there."""
+    y, to_x, to_weight = torch.empty_like(slope), torch.empty_like(x), torch.empty_like(weight)
+
+    def run() -> None:
+        torch.mm(x, weight.t(), out=y)
+        torch.mm(slope, weight, out=to_x)
+        torch.mm(slope.t(), x, out=to_weight)
+
+    return run
 
 
 def selection(size: int) -> Row:
@@ -62,14 +63,8 @@ def layer(size: int, batch: int, density: float) -> Row:
     weight = torch.randn(size, size) * (torch.rand(size, size) < density)
     values, columns, starts = compressed(weight)
     x, slope = torch.randn(batch, size), torch.randn(batch, size)
-    y, to_x, to_weight = torch.empty(batch, size), torch.empty(batch, size), torch.empty(size, size)
     rows = weight.to_sparse_csr()
     narrow, narrow_x = weight.bfloat16(), x.bfloat16()
-
-    def dense_step() -> None:
-        torch.mm(x, weight.t(), out=y)
-        torch.mm(slope, weight, out=to_x)
-        torch.mm(slope.t(), x, out=to_weight)
 
     def sparse_step() -> None:
         sparse_linear(x, values, columns, starts)
@@ -80,7 +75,7 @@ def layer(size: int, batch: int, density: float) -> Row:
         found = medians({
             "dense": lambda: F.linear(x, weight), "sparse": lambda: sparse_linear(x, values, columns, starts),
             "torch's CSR": lambda: F.linear(x, rows), "dense, bfloat16": lambda: F.linear(narrow_x, narrow),
-            "dense step": dense_step, "sparse step": sparse_step,
+            "dense step": dense_step(x, slope, weight), "sparse step": sparse_step,
         })  # fmt: skip
     return {
         "size": size, "batch": batch, "density": density, "ms": found, "forward": found["dense"] / found["sparse"],
@@ -94,13 +89,7 @@ def blocks(size: int, batch: int, side: int, density: float) -> Row:
     weight = torch.randn(size, size) * cells.repeat_interleave(side, 0).repeat_interleave(side, 1)
     values, columns, starts = compressed_blocks(weight, side=side)
     x, slope = torch.randn(batch, size), torch.randn(batch, size)
-    y, to_x, to_weight = torch.empty(batch, size), torch.empty(batch, size), torch.empty(size, size)
     rows = weight.to_sparse_bsr((side, side))
-
-    def dense_step() -> None:
-        torch.mm(x, weight.t(), out=y)
-        torch.mm(slope, weight, out=to_x)
-        torch.mm(slope.t(), x, out=to_weight)
 
     def sparse_step() -> None:
         block_sparse_linear(x, values, columns, starts, size)
@@ -111,7 +100,8 @@ def blocks(size: int, batch: int, side: int, density: float) -> Row:
         found = medians({
             "dense": lambda: F.linear(x, weight),
             "sparse": lambda: block_sparse_linear(x, values, columns, starts, size),
-            "torch's BSR": lambda: F.linear(x, rows), "dense step": dense_step, "sparse step": sparse_step,
+            "torch's BSR": lambda: F.linear(x, rows), "dense step": dense_step(x, slope, weight),
+            "sparse step": sparse_step,
         })  # fmt: skip
     return {
         "size": size, "batch": batch, "side": side, "density": density, "ms": found,

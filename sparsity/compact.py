@@ -55,13 +55,11 @@ class Compact(Optimizer):
         self._refresh()
         for weight, kept in self._kept.items():
             kept.gather(weight)
-        for mine, others in zip(self.param_groups, self.inner.param_groups, strict=True):
-            others.update({name: value for name, value in mine.items() if name != "params"})
+        _settings(self.param_groups, self.inner.param_groups)
         self.inner.step()
         for weight, kept in self._kept.items():
             kept.scatter(weight)
-        for mine, others in zip(self.param_groups, self.inner.param_groups, strict=True):
-            mine.update({name: value for name, value in others.items() if name != "params"})  # some count in groups
+        _settings(self.inner.param_groups, self.param_groups)  # some count in their groups
         self._share_state()
         return loss
 
@@ -96,8 +94,7 @@ class Compact(Optimizer):
         self.inner.state.clear()
         self._regroup()
         self.inner.load_state_dict(state_dict)
-        for mine, others in zip(self.param_groups, self.inner.param_groups, strict=True):
-            mine.update({name: value for name, value in others.items() if name != "params"})
+        _settings(self.inner.param_groups, self.param_groups)
         self.state.clear()
         self._share_state()
 
@@ -207,3 +204,9 @@ class Kept:
 
 def _alike(value: Any, tensor: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == tensor.shape and value.ndim > 0
+
+
+def _settings(given: list[dict[str, Any]], taken: list[dict[str, Any]]) -> None:
+    """All of the first groups but their weights, into the second."""
+    for one, other in zip(given, taken, strict=True):
+        other.update({name: value for name, value in one.items() if name != "params"})

@@ -129,12 +129,6 @@ def _(y: Tensor, x: Tensor, columns: Tensor, starts: Tensor, side: int) -> Tenso
 # As in `linear`: one trilinear form, so the gradients of each operation are the other two.
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tensors = [each for each in inputs if isinstance(each, Tensor)]
-    ctx.save_for_backward(*tensors[:4])
-    ctx.biased = len(tensors) > 4
-
-
 def _blocks_backward(ctx: Any, y: Tensor) -> tuple[Tensor | None, ...]:
     x, values, columns, starts = ctx.saved_tensors
     wanted, ops = ctx.needs_input_grad, torch.ops.sparsity
@@ -165,9 +159,9 @@ def _blocks_values_backward(ctx: Any, values: Tensor) -> tuple[Tensor | None, ..
     )  # fmt: skip
 
 
-_blocks.register_autograd(_blocks_backward, setup_context=_save)
-_blocks_input.register_autograd(_blocks_input_backward, setup_context=_save)
-_blocks_values.register_autograd(_blocks_values_backward, setup_context=_save)
+_blocks.register_autograd(_blocks_backward, setup_context=linear.save)
+_blocks_input.register_autograd(_blocks_input_backward, setup_context=linear.save)
+_blocks_values.register_autograd(_blocks_values_backward, setup_context=linear.save)
 
 
 def in_blocks(mask: Tensor, side: int) -> bool:

@@ -127,7 +127,8 @@ def _(y: Tensor, x: Tensor, columns: Tensor, starts: Tensor) -> Tensor:
 # The three are one trilinear form of y, x and the values, so the gradients of each are the other two.
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps what the gradients of an operation need: its first four tensors, and whether it had a bias."""
     tensors = [each for each in inputs if isinstance(each, Tensor)]
     ctx.save_for_backward(*tensors[:4])
     ctx.biased = len(tensors) > 4
@@ -163,9 +164,9 @@ def _linear_values_backward(context: Any, values: Tensor) -> tuple[Tensor | None
     )  # fmt: skip
 
 
-_linear.register_autograd(_linear_backward, setup_context=_save)
-_linear_input.register_autograd(_linear_input_backward, setup_context=_save)
-_linear_values.register_autograd(_linear_values_backward, setup_context=_save)
+_linear.register_autograd(_linear_backward, setup_context=save)
+_linear_input.register_autograd(_linear_input_backward, setup_context=save)
+_linear_values.register_autograd(_linear_values_backward, setup_context=save)
 
 
 def rows_of(values: Tensor, starts: Tensor) -> Tensor:

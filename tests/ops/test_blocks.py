@@ -9,20 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsity.ops import block_sparse_linear, compressed_blocks, decompressed_blocks, linear, native
+from sparsity.ops import block_sparse_linear, compressed_blocks, decompressed_blocks, linear
+from tests.ops.close import TOLERANCE, close
 
 SHAPES = [(1, 16, 16), (3, 33, 20), (2, 16, 70), (17, 70, 50), (40, 100, 130), (150, 64, 33), (70, 129, 257)]
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+pytestmark = pytest.mark.usefixtures("backend")
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-
-
-@pytest.fixture(autouse=True, params=["plain", "native"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs by the definition and, for matrices of any size, in C++."""
-    monkeypatch.setattr(linear, "WORK", 0 if request.param == "native" else 1 << 60)
-    if request.param == "native" and native.library() is None:
-        pytest.skip("no C++ compiler")
-    return str(request.param)
 
 
 def case(batch: int, width: int, rows: int, side: int, density: float = 0.4) -> tuple[Tensor, ...]:
@@ -35,13 +27,6 @@ def case(batch: int, width: int, rows: int, side: int, density: float = 0.4) -> 
     blocks = torch.rand(-(-rows // side), -(-width // side), generator=generator) < density
     mask = blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)[:rows, :width]
     return x, slope, weight, mask, bias
-
-
-def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    assert found.shape == expected.shape
-    found, expected = found.detach().double(), expected.detach()
-    error = (found - expected).norm() / expected.norm().clamp_min(1e-30)
-    assert float(error) < TOLERANCE[dtype], float(error)  # NaN fails
 
 
 @pytest.mark.parametrize("density", [0.0, 0.4, 1.0])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsity.ops import compressed, decompressed, linear, native, sparse_linear
+from sparsity.ops import compressed, decompressed, linear, sparse_linear
+from tests.ops.close import TOLERANCE, close
 
 SHAPES = [
     (1, 1, 1),
@@ -23,17 +24,8 @@ SHAPES = [
     (100, 257, 40),
     (300, 64, 33),
 ]
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+pytestmark = pytest.mark.usefixtures("backend")
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-
-
-@pytest.fixture(autouse=True, params=["plain", "native"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs by the definition and, for matrices of any size, in C++."""
-    monkeypatch.setattr(linear, "WORK", 0 if request.param == "native" else 1 << 60)
-    if request.param == "native" and native.library() is None:
-        pytest.skip("no C++ compiler")
-    return str(request.param)
 
 
 def case(batch: int, width: int, rows: int, density: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -44,13 +36,6 @@ def case(batch: int, width: int, rows: int, density: float, dtype: torch.dtype =
     mask = torch.rand(rows, width, generator=generator) < density
     x, slope, weight, bias = (each.to(dtype) for each in normal)
     return x, slope, weight, mask, bias
-
-
-def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    assert found.shape == expected.shape
-    found, expected = found.detach().double(), expected.detach()
-    error = (found - expected).norm() / expected.norm().clamp_min(1e-30)
-    assert float(error) < TOLERANCE[dtype], float(error)  # NaN fails
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])

@@ -4,21 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsity.ops import kth_largest, largest, native, select
+from sparsity.ops import kth_largest, largest
 from sparsity.ops.select import CHUNK
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 INF = float("inf")
-
-
-@pytest.fixture(autouse=True, params=["plain", "native"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs in plain PyTorch and, for tensors of any size, in C++."""
-    monkeypatch.setattr(select, "LARGE", 0 if request.param == "native" else 1 << 60)
-    if request.param == "native" and native.library() is None:
-        pytest.skip("no C++ compiler")
-    return str(request.param)
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 class Lazy:

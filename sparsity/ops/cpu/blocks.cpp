@@ -100,14 +100,7 @@ void to_input(const Blocks<Real>& w, const Real* y, int64_t batch, Real* x, int 
             }
         }
     }
-#pragma omp parallel for num_threads(threads)
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        Real* sum = out.get() + tile * parts * size;
-        for (int64_t part = 1; part < parts; ++part) {
-            for (int64_t i = 0; i < size; ++i) sum[i] += sum[part * size + i];
-        }
-        unpack<Real, T>(sum, batch, w.width, tile, nullptr, x);
-    }
+    unpack_sums<Real, T>(out.get(), parts, size, batch, w.width, x, threads);
 }
 
 // The slopes of a block's places beyond the weight are zero.

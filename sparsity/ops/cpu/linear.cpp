@@ -86,14 +86,7 @@ void to_input(const Weight<Real, Index>& w, const Real* y, int64_t batch, Real* 
             }
         }
     }
-#pragma omp parallel for num_threads(threads)
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        Real* sum = out.get() + tile * parts * size;
-        for (int64_t part = 1; part < parts; ++part) {
-            for (int64_t i = 0; i < size; ++i) sum[i] += sum[part * size + i];
-        }
-        unpack<Real, T>(sum, batch, w.width, tile, nullptr, x);
-    }
+    unpack_sums<Real, T>(out.get(), parts, size, batch, w.width, x, threads);
 }
 
 template <class Real, class Index, int T>

@@ -83,3 +83,16 @@ Buffer<Real> packed_tiles(const Real* x, int64_t batch, int64_t width, int64_t p
 inline int64_t shares(int64_t wanted, int64_t work, int64_t bytes) {
     return std::max<int64_t>(1, std::min({wanted, work, (int64_t{1} << 26) / std::max<int64_t>(1, bytes)}));
 }
+
+// The rows of all tiles, of which each is the sum of its parts.
+template <class Real, int T>
+void unpack_sums(Real* sums, int64_t parts, int64_t size, int64_t batch, int64_t width, Real* x, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t tile = 0; tile < (batch + T - 1) / T; ++tile) {
+        Real* sum = sums + tile * parts * size;
+        for (int64_t part = 1; part < parts; ++part) {
+            for (int64_t i = 0; i < size; ++i) sum[i] += sum[part * size + i];
+        }
+        unpack<Real, T>(sum, batch, width, tile, nullptr, x);
+    }
+}
