@@ -6,6 +6,7 @@ which runs the benchmarks of this repository that measure time. Every key of a r
 `--sparsity.sparsity=0.95`, `--sparsity=GMP` or `--sparsity=null` for the dense baseline.
 """
 
+import argparse
 import difflib
 import inspect
 import json
@@ -22,11 +23,13 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
 
 import callbacks
-from callbacks import Sparsify, SparsityReport
+from callbacks import DryRun, SaveOnInterrupt, Sparsify, SparsityReport
+from callbacks.interrupt import INTERRUPTED
 from sparsity import InputError, Sparsifier, advice, checkpoints, data, masks, models
 from sparsity.distributions import Uniform
 from sparsity.federated import Federation, Protocol, Running, partition, simulation
@@ -273,11 +276,20 @@ class SparsityCLI(LightningCLI):
             help="resume from a checkpoint of another method or another sparsity, which is refused otherwise",
         )  # fmt: skip
 
+        parser.add_argument(
+            "--dry-run", "--dry_run", action="store_true",
+            help="of fit: check everything, print the targets and how many weights each keeps, and write nothing",
+        )  # fmt: skip
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         settings = self.config[self.config["subcommand"]]
+        if settings["dry_run"] and self.config["subcommand"] != "fit":
+            raise InputError(f"dry_run is of fit: {self.config['subcommand']} has none")
         if settings.get("ckpt_path") == "last" and self.config["subcommand"] not in ("oneshot", "advise"):
-            settings["ckpt_path"] = str(_last(Path(settings["trainer"]["default_root_dir"] or ".")))
+            settings["ckpt_path"] = str(
+                _last(Path(settings["trainer"]["default_root_dir"] or "."), "last.ckpt", INTERRUPTED)
+            )
         if settings.get("ckpt_path") and settings["ckpt_path"] != "best":
             checkpoints.read(settings["ckpt_path"])
         if settings.get("config"):
@@ -296,14 +308,23 @@ class SparsityCLI(LightningCLI):
         for method in extra:
             if isinstance(method, Sparsify):
                 method.resumes_any = self._get(self.config_init, "resumes_any")
-        return self._instantiate_trainer({**self._get(self.config_init, "trainer", default={}), **kwargs}, extra)
+        settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        if self._get(self.config_init, "dry_run"):
+            self.save_config_callback = None
+            kept = [each for each in settings["callbacks"] or [] if not isinstance(each, Checkpoint)]
+            nothing = {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
+            nothing |= {"enable_progress_bar": False, "enable_model_summary": False}
+            return self._instantiate_trainer({**settings, **nothing, "callbacks": kept}, [*extra, DryRun()])
+        return self._instantiate_trainer(settings, [*extra, SaveOnInterrupt()])
 
 
-def _last(folder: Path, name: str = "last.ckpt") -> Path:
-    """The newest file of this name of the runs that logged under a folder."""
-    found = sorted(folder.glob(f"**/{name}"), key=lambda path: path.stat().st_mtime)
+def _last(folder: Path, *names: str) -> Path:
+    """The newest file of these names of the runs that logged under a folder."""
+    found = sorted(
+        (path for name in names for path in folder.glob(f"**/{name}")), key=lambda path: path.stat().st_mtime
+    )
     if not found:
-        raise InputError(f"no {name} under '{folder}': train with ModelCheckpoint(save_last=True), or give a path")
+        raise InputError(f"no {names[0]} under '{folder}': train with ModelCheckpoint(save_last=True), or give a path")
     return found[-1]
 
 
@@ -342,9 +363,14 @@ class Recipe:
 
 def run(trainer: type[Trainer], args: ArgsType = None) -> None:
     """The command line with this trainer."""
-    SparsityCLI(LightningModule, trainer_class=trainer, parser_class=PlainParser, subclass_mode_model=True, args=args)
+    SparsityCLI(
+        LightningModule, trainer_class=trainer, parser_class=PlainParser, subclass_mode_model=True, args=args,
+        parser_kwargs={"description": DESCRIPTION},
+    )  # fmt: skip
 
 
+DESCRIPTION = "Sparse training and pruning. A recipe of recipes/ is a whole run: train.py fit --config RECIPE."
+CTRL_C = 130  # the status that shells expect of a program that Ctrl-C has ended
 TIMED = ("kernels", "overhead", "oneshot", "regrow", "penalty", "gumbel", "calibrate", "federation", "soak")
 
 
@@ -372,16 +398,55 @@ def bench(names: Sequence[str]) -> int:
     return failed
 
 
+class Completion(SparsityCLI):
+    """Prints a completion script of the subcommands and their options, and ends."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        import shtab
+
+        # The parser itself knows every class that a recipe could name, which takes shtab minutes.
+        plain = argparse.ArgumentParser("train.py")
+        commands = plain.add_subparsers()
+        for name, each in self._subcommand_parsers.items():
+            command = commands.add_parser(name)
+            for option in each._option_string_actions:
+                if option.startswith("--") and option not in ("--help", "--print_shtab"):
+                    added = command.add_argument(option)
+                    if option in ("--config", "--ckpt_path", "--weights"):
+                        added.complete = shtab.FILE  # type: ignore[attr-defined]  # how shtab is told
+        print(shtab.complete(plain, str(args)))
+        sys.exit(0)
+
+
+def completion(words: Sequence[str]) -> None:
+    """Prints a completion script for bash, zsh or tcsh."""
+    if list(words) not in (["bash"], ["zsh"], ["tcsh"]):
+        print("usage: train.py completion {bash,zsh,tcsh}", file=sys.stderr)
+        sys.exit(0 if "--help" in words else 2)
+    if not find_spec("shtab"):
+        print("error: completion needs shtab: pip install '.[completion]'", file=sys.stderr)
+        sys.exit(2)
+    Completion(LightningModule, parser_class=PlainParser, subclass_mode_model=True, args=words[0])
+
+
 def main(args: ArgsType = None) -> None:
-    """Runs the command line; input that cannot work ends it with a plain message and status 2."""
+    """Runs the command line. Status 2 and a plain message: input that cannot work; 130: Ctrl-C."""
     words = sys.argv[1:] if args is None else args
     if isinstance(words, list) and words[:1] == ["bench"]:
         sys.exit(bench(words[1:]))
+    if isinstance(words, list) and words[:1] == ["completion"]:
+        return completion(words[1:])
     # Lightning's own call, and its advice to add workers, which data in memory does not need.
     warnings.filterwarnings("ignore", r".*LeafSpec\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*does not have many workers")
     try:
         run(SparseTrainer, args)
+    except KeyboardInterrupt:
+        sys.exit(CTRL_C)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning's
+            sys.exit(CTRL_C)
+        raise
     except ValueError as error:
         # The parser wraps what a constructor raises in a message about types.
         if not isinstance(error, InputError) and "Union subtypes" not in str(error):

@@ -168,6 +168,10 @@ class Sparsifier:
         entry = bisect_right(self._steps, step) - 1
         return self._plan[self._steps[entry]] if entry >= 0 else 0.0
 
+    def renewals(self) -> list[int]:
+        """The steps at which renewals are planned, in order."""
+        return list(self._steps)
+
     def last_renewal(self) -> int:
         """The step of the last planned renewal, -1 where none is planned."""
         return self._steps[-1] if self._steps else -1
@@ -228,10 +232,19 @@ class Sparsifier:
 
     def check_budget(self) -> None:
         """Raises `InputError` if the final sparsity cannot be met by the distribution and the pattern."""
-        if self.sparsity > 0:
-            whole = masks.full(self.weights())
-            scores = self.scores(self.score, whole, "check")
-            self._counts(scores, 1 - self.sparsity, masks.counts(whole))
+        self.budget()
+
+    def budget(self) -> dict[str, int]:
+        """How many weights each target keeps at the final sparsity.
+
+        What the masks have if they are that sparse. Else the distribution's word: where it goes by values, by those
+        that the weights have now, and training moves it.
+        """
+        kept = masks.counts(self.masks)
+        if sum(kept.values()) <= round((1 - self.sparsity) * self._size()):
+            return kept
+        whole = masks.full(self.weights())
+        return self._counts(self.scores(self.score, whole, "check"), 1 - self.sparsity, masks.counts(whole))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes during training: tensors and primitives, one bit per target weight."""

@@ -1,7 +1,9 @@
 """The command line, called as a user would."""
 
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import torch
 import yaml
 
 import train
-from sparsity import masks
+from sparsity import masks, models
 from sparsity.patterns import nm_mask
 
 ROOT = Path(__file__).parents[1]
@@ -275,3 +277,49 @@ def test_bench_runs_the_benchmarks_that_are_named(
     assert ran == [["-m", f"benchmarks.{name}"] for name in ("kernels", "kernels", "soak")]
     assert "no benchmark that measures time is called 'speed'" in capsys.readouterr().err
     assert all((ROOT / f"benchmarks/{name}.py").exists() for name in train.TIMED)
+
+
+def test_a_dry_run_prints_the_budget_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        fit(tmp_path, "--dry-run")
+    assert ended.value.code == 0
+    assert re.search(r"all targets .* 50,200 .* 5,020 .* 0\.1000", capsys.readouterr().out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_fit_has_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        call(tmp_path, "validate", "--config", str(RECIPE), "--dry-run")
+    assert ended.value.code == 2
+    assert "dry_run is of fit" in capsys.readouterr().err
+
+
+@new_log_folder
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_ctrl_c_leaves_status_130_and_a_checkpoint_that_last_finds(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.Classifier, "on_train_batch_start", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit) as ended:
+            fit(tmp_path)
+    signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+    assert ended.value.code == 130
+    assert newest(tmp_path, "interrupted.ckpt")
+    fit(tmp_path, "--ckpt_path=last")
+    assert read(tmp_path)["sparsity"]["achieved"] == pytest.approx(0.9)
+
+
+def test_a_completion_script_knows_subcommands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as ended:
+        train.main(["completion", "bash"])
+    assert ended.value.code == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("federate", "--ckpt_path", "--trainer.max_epochs"))
+
+
+def test_no_completion_for_a_shell_that_nobody_has(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train.main(["completion", "sh"])
+    assert ended.value.code == 2
+    assert "bash,zsh" in capsys.readouterr().err
