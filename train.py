@@ -408,13 +408,13 @@ class Completion(SparsityCLI):
         plain = argparse.ArgumentParser("train.py")
         commands = plain.add_subparsers()
         for name, each in self._subcommand_parsers.items():
-            command = commands.add_parser(name)
+            command = commands.add_parser(name, help=name)  # without a help shtab leaves it out
             for option in each._option_string_actions:
                 if option.startswith("--") and option not in ("--help", "--print_shtab"):
                     added = command.add_argument(option)
                     if option in ("--config", "--ckpt_path", "--weights"):
                         added.complete = shtab.FILE  # type: ignore[attr-defined]  # how shtab is told
-        print(shtab.complete(plain, str(args)))
+        print(shtab.complete(plain, list(args or [])[0]))
         sys.exit(0)
 
 
@@ -426,7 +426,13 @@ def completion(words: Sequence[str]) -> None:
     if not find_spec("shtab"):
         print("error: completion needs shtab: pip install '.[completion]'", file=sys.stderr)
         sys.exit(2)
-    Completion(LightningModule, parser_class=PlainParser, subclass_mode_model=True, args=words[0])
+    Completion(
+        LightningModule,
+        trainer_class=SparseTrainer,
+        parser_class=PlainParser,
+        subclass_mode_model=True,
+        args=list(words),
+    )
 
 
 def main(args: ArgsType = None) -> None:
