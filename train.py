@@ -414,7 +414,7 @@ class Completion(SparsityCLI):
                     added = command.add_argument(option)
                     if option in ("--config", "--ckpt_path", "--weights"):
                         added.complete = shtab.FILE  # type: ignore[attr-defined]  # how shtab is told
-        print(shtab.complete(plain, list(args or [])[0]))
+        print(shtab.complete(plain, next(iter(args or []))))
         sys.exit(0)
 
 
