@@ -88,6 +88,8 @@ def shrunk_like(model: nn.Module, manifest: Manifest) -> nn.Module:
     Its tensors that are not of the dense model's shape are zeros. Raises `InputError` for a manifest of another model:
     no tensor may be larger than the dense model's, none may be missing, and only biases may be new.
     """
+    if not isinstance(manifest, dict) or not all(isinstance(each, dict) for each in manifest.values()):
+        raise InputError(f"a manifest is a dict of dicts, got {type(manifest).__name__}: see sparsity.shrink.manifest")
     found = copy.deepcopy(model)
     modules = dict(found.named_modules())
     if unknown := sorted(manifest.keys() - modules.keys()):

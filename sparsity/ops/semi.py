@@ -51,9 +51,9 @@ def is_semi_sparse(matrix: Tensor) -> bool:
     return groups is not None and bool((groups.sum(2, dtype=torch.uint8) <= 2).all())
 
 
-def has_kernels(weight: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether this device has kernels for a weight of this shape ``[out, in]`` and dtype (the weight's own)."""
-    return _fitting(weight.shape, weight.device, dtype or weight.dtype) is not None
+def has_kernels(weight: Tensor) -> bool:
+    """Whether its device has kernels for a weight ``[out, in]`` of this shape and dtype, if it is 2:4."""
+    return _fitting(weight.shape, weight.device, weight.dtype) is not None
 
 
 @torch.library.custom_op("sparsity::semi", mutates_args=())
