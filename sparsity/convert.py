@@ -4,13 +4,15 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Collection
 
+import torch
 from torch import Tensor, nn
 
 from sparsity.errors import InputError
 from sparsity.masks import Masks
-from sparsity.ops import block_sparse_linear, sparse_linear
+from sparsity.ops import block_sparse_linear, semi_sparse_linear, sparse_linear
 from sparsity.ops.blocks import SIDES, compressed_blocks, decompressed_blocks, in_blocks
 from sparsity.ops.linear import Rows, compressed, decompressed
+from sparsity.ops.semi import has_kernels, is_semi_sparse
 
 
 class KeptLinear(nn.Module):
@@ -78,6 +80,34 @@ class BlockSparseLinear(KeptLinear):
         return block_sparse_linear(x, self.values, self.columns, self.starts, self.out_features, self.bias)
 
 
+class SemiSparseLinear(nn.Linear):
+    """A linear layer of `ops.semi_sparse_linear`: by 2:4 kernels while its weight is 2:4, and as any other where not.
+
+    The weight stays dense, under its name, so methods of training, optimizers and checkpoints see a linear layer.
+    With a mask only kept weights have a gradient: for fixed masks. Without one all have, for masks that move.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        self.register_buffer("mask", None if mask is None else mask.clone())
+        self.weight = nn.Parameter(weight.detach().clone())
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().clone())
+        with torch.no_grad():
+            self.weight.copy_(self.kept_weight)
+
+    @property
+    def kept_weight(self) -> Tensor:
+        """The matrix ``[out, in]`` that the layer computes with."""
+        return self.weight if self.mask is None else torch.where(self.mask, self.weight, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        return semi_sparse_linear(x, self.weight, self.bias, self.mask)
+
+
 def kept_linear(layer: nn.Linear, mask: Tensor) -> KeptLinear:
     """The layer by what its mask keeps: by the largest blocks that the mask is made of, or else by single weights.
 
@@ -104,9 +134,10 @@ def to_sparse(
 
     They become `BlockSparseLinear` where a mask is made of blocks, and `SparseLinear` where it is not.
 
-    Kept is what the masks keep, by the weight's name, or else what is not zero. Layers above the density stay as they
-    are, because there a dense product is faster on most processors; `train.py advise` measures it. Only those of
-    `linear_layers` are exchanged, and their hooks stay behind. Raises `InputError` for a density outside (0, 1].
+    Kept is what the masks keep, by the weight's name, or else what is not zero. Layers above the density become
+    `SemiSparseLinear` where masks are 2:4 and the device has kernels for that; else they stay as they are, because
+    there a dense product is faster on most processors; `train.py advise` measures it. Only those of `linear_layers` are
+    exchanged, and their hooks stay behind. Raises `InputError` for a density outside (0, 1].
     """
     if not 0 < density <= 1:
         raise InputError(f"density={density} is the kept part of a layer's weights, up to which it pays, in (0, 1]")
@@ -117,15 +148,44 @@ def to_sparse(
             return layer
         layer = names[name]
         mask = mask_of(name, layer, masks)
-        if only is None and int(mask.count_nonzero()) > density * mask.numel():
+        found: KeptLinear | SemiSparseLinear
+        if int(mask.count_nonzero()) <= density * mask.numel():
+            found = kept_linear(layer, mask)
+        elif has_kernels(layer.weight) and is_semi_sparse(mask):
+            found = SemiSparseLinear(layer.weight, layer.bias, mask)
+        elif only is None:
             return layer
-        found = kept_linear(layer, mask)
-        found.values.requires_grad_(layer.weight.requires_grad)
-        if found.bias is not None:
-            found.bias.requires_grad_(layer.bias.requires_grad)
-        return found.train(layer.training)
+        else:
+            found = kept_linear(layer, mask)
+        return _trained_as(layer, found)
 
     return _replaced(module, sparse)
+
+
+def to_semi_sparse(module: nn.Module, only: Collection[str] | None = None) -> nn.Module:
+    """A copy of the module with `SemiSparseLinear`, without masks, for its linear layers, or `only` these, by name.
+
+    It computes and trains as before; when a method such as `SRSTE` makes weights 2:4, they are multiplied by kernels
+    for that where the device has them. Raises `InputError` for a name in `only` that is none of `linear_layers`.
+    """
+    names = linear_layers(module)
+    if unknown := sorted(set(only or ()) - names.keys()):
+        raise InputError(f"only={unknown} are no linear layers of their own here: choose among {list(names)}")
+
+    def semi(name: str, layer: nn.Module) -> nn.Module:
+        if name not in names or (only is not None and name not in only):
+            return layer
+        return _trained_as(names[name], SemiSparseLinear(names[name].weight, names[name].bias))
+
+    return _replaced(module, semi)
+
+
+def _trained_as(layer: nn.Linear, found: KeptLinear | SemiSparseLinear) -> nn.Module:
+    """The layer found, in the other one's mode, and frozen where that is."""
+    (found.values if isinstance(found, KeptLinear) else found.weight).requires_grad_(layer.weight.requires_grad)
+    if found.bias is not None:
+        found.bias.requires_grad_(layer.bias.requires_grad)
+    return found.train(layer.training)
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -139,13 +199,16 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def to_dense(module: nn.Module) -> nn.Module:
-    """A copy of the module with `nn.Linear` in place of layers of kept weights: the same weights to the bit (-0: 0)."""
+    """A copy of the module with `nn.Linear` in place of sparse layers: the same weights to the bit (-0: 0)."""
 
     def dense(name: str, layer: nn.Module) -> nn.Module:
-        if not isinstance(layer, KeptLinear):
+        if not isinstance(layer, KeptLinear | SemiSparseLinear):
             return layer
         found = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        found.weight = nn.Parameter(layer.weight.detach(), layer.values.requires_grad)
+        if isinstance(layer, KeptLinear):
+            found.weight = nn.Parameter(layer.weight.detach(), layer.values.requires_grad)
+        else:
+            found.weight = nn.Parameter(layer.kept_weight.detach().clone(), layer.weight.requires_grad)
         if layer.bias is not None:
             found.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
         return found.train(layer.training)

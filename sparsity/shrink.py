@@ -3,10 +3,13 @@
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsity.coupled import LAYERS as COUPLED_LAYERS
+from sparsity.coupled import Coupled
 from sparsity.errors import InputError
 
 # Each element for itself, so that a constant stays one; and pools, which leave constants alone.
@@ -20,28 +23,133 @@ POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 LAYERS = (nn.Linear, nn.Conv2d)
 
 
-def shrink(chain: nn.Sequential) -> nn.Sequential:
-    """A smaller dense copy of a chain of layers that computes the same, when it does not train.
+# What layers say of the shapes of their tensors.
+SIZES = (
+    "in_features", "out_features", "in_channels", "out_channels", "num_features", "groups", "num_embeddings",
+    "embedding_dim", "heads", "num_heads",
+)  # fmt: skip
 
-    What is taken out are outputs that the next layer does not look at, and outputs that do not depend on the input,
-    whose constant goes into the next layer's bias. The chain's own inputs and outputs stay. Between linear layers and
-    convolutions there may be elementwise activations, batch norms, dropout, pools and a `Flatten`; chains of chains are
-    laid out in one. Dense products get as much faster as they get smaller, on any device.
+Manifest = dict[str, dict[str, Any]]
 
-    Raises `InputError` for a chain with other layers, which the `torch-pruning` package may know.
+
+def shrink(model: nn.Module, *inputs: Any) -> nn.Module:
+    """A smaller dense copy of a model that computes the same, when it does not train.
+
+    What is taken out are outputs that the next layers do not look at, and outputs that do not depend on the input,
+    whose constant goes into the next layers' biases. Outputs whose constant does not fit there stay, as before a
+    padding of zeros, and so do the model's own inputs and outputs. Dense products get as much faster as they get
+    smaller, on any device.
+
+    A chain (`nn.Sequential`) of linear layers and convolutions with elementwise activations, batch norms, dropout,
+    pools and a `Flatten` between them needs nothing else. Any other model needs one batch of `inputs`, as its forward
+    pass takes them, and the torch-pruning package (`pip install "lightning-sparsity[structured]"`), which finds out
+    what its branches share. There attention heads go, too, where a module holds their number as `heads` or
+    `num_heads` and its layers as `qkv` and `proj`. Each step is compared with the model before, on these inputs and two
+    batches of random ones, and taken back if the outputs differ by more than rounding.
+
+    Raises `InputError` for a model that cannot be followed.
     """
-    laid_out = _laid_out(chain)
-    for layer in laid_out:
+    for name, layer in model.named_modules():
+        if isinstance(layer, COUPLED_LAYERS) and "weight" not in layer._parameters:
+            raise InputError(f"the weight of '{name}' is no parameter of its own: make masks of torch.nn.utils.prune, "
+                             "and parametrizations, permanent")  # fmt: skip
+    try:
+        return _shrunk_chain(model)
+    except InputError:
+        if not inputs:
+            raise
+    found = copy.deepcopy(model).eval()
+    Coupled(found, inputs).thin()
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in found.named_modules():
+        module.training = modes[name]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    known = dict(model.named_parameters())
+    for name, parameter in found.named_parameters():  # a bias that was not there before is trained
+        parameter.requires_grad_(name in trained or name not in known)
+    return found
+
+
+def manifest(model: nn.Module) -> Manifest:
+    """The shapes of a model's tensors and what its layers say of them, by module: for JSON, and `shrunk_like`."""
+    found: Manifest = {}
+    for name, module in model.named_modules():
+        tensors = {**module._parameters, **module._buffers}
+        entry: dict[str, Any] = {k: list(v.shape) for k, v in tensors.items() if v is not None}
+        entry |= {size: getattr(module, size) for size in SIZES if isinstance(getattr(module, size, None), int)}
+        if entry:
+            found[name] = entry
+    return found
+
+
+def shrunk_like(model: nn.Module, manifest: Manifest) -> nn.Module:
+    """A copy of a dense model in the shapes of a manifest, so that the `state_dict` of the smaller model fits.
+
+    Its tensors that are not of the dense model's shape are zeros. Raises `InputError` for a manifest of another model:
+    no tensor may be larger than the dense model's, none may be missing, and only biases may be new.
+    """
+    if not isinstance(manifest, dict) or not all(isinstance(each, dict) for each in manifest.values()):
+        raise InputError(f"a manifest is a dict of dicts, got {type(manifest).__name__}: see sparsity.shrink.manifest")
+    found = copy.deepcopy(model)
+    modules = dict(found.named_modules())
+    if unknown := sorted(manifest.keys() - modules.keys()):
+        raise InputError(f"the manifest has {unknown[:3]}, which {type(model).__name__} does not: it is of another one")
+    for name, module in modules.items():
+        entry = manifest.get(name, {})
+        for key, tensor in {**module._parameters, **module._buffers}.items():
+            place = f"{name}.{key}" if name else key
+            shape = entry.get(key)
+            if shape is None and tensor is None:
+                continue
+            most = _largest(module, key, tensor)
+            if most is None or not _fits(shape, most):
+                raise InputError(f"'{place}' has the shape {shape} in the manifest, in the model {most}: "
+                                 "give the dense model that was shrunk")  # fmt: skip
+            if shape and (tensor is None or list(tensor.shape) != shape):
+                _reshape(module, key, shape)
+        for size in SIZES:
+            old, new = getattr(module, size, None), entry.get(size)
+            if type(old) is int and old != new:
+                if type(new) is not int or not 0 < new < old:
+                    raise InputError(f"'{name}' has {size}={old} in the model, the manifest says {new!r}")
+                setattr(module, size, new)
+    return found
+
+
+def _largest(module: nn.Module, key: str, tensor: Tensor | None) -> list[int] | None:
+    """The shape that a tensor of a shrunk model may have at most; None where it may not be there."""
+    if tensor is not None:
+        return list(tensor.shape)
+    return [len(module.get_parameter("weight"))] if key == "bias" and isinstance(module, COUPLED_LAYERS) else None
+
+
+def _fits(shape: Any, most: list[int]) -> bool:
+    sizes = shape if isinstance(shape, list) and len(shape) == len(most) else None
+    return sizes is not None and all(type(a) is int and min(1, b) <= a <= b for a, b in zip(sizes, most, strict=True))
+
+
+def _reshape(module: nn.Module, key: str, shape: list[int]) -> None:
+    """Zeros of another shape in a tensor's place."""
+    old = getattr(module, key)
+    like = module.get_parameter("weight") if old is None else old
+    zeros = like.detach().new_zeros(shape)
+    setattr(module, key, zeros if key in module._buffers else nn.Parameter(zeros, like.requires_grad))
+
+
+def _shrunk_chain(model: nn.Module) -> nn.Module:
+    found = copy.deepcopy(model)
+    layers = _laid_out(found)
+    for layer in layers:
         if type(layer) not in (*LAYERS, *ELEMENTWISE, *NORMS, *DROPOUTS, *POOLS, nn.Flatten):
-            raise InputError(f"a chain of known layers is shrunk, {type(layer).__name__} is none of them")
+            raise InputError(f"a chain of known layers is shrunk by itself, {type(layer).__name__} is none of them: "
+                             "pass a batch of inputs, too")  # fmt: skip
         if isinstance(layer, NORMS) and layer.running_mean is None:
             raise InputError("batch norms without running statistics have no constants: they are not shrunk")
-        if "weight" not in dict(layer.named_parameters()) and isinstance(layer, LAYERS):
-            raise InputError("a layer's weight is no parameter of its own: make torch.nn.utils.prune's masks permanent")
         if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
             raise InputError("convolutions with groups, or padded by anything but zeros, are not shrunk")
-    layers = copy.deepcopy(laid_out)
     places = [place for place, layer in enumerate(layers) if isinstance(layer, LAYERS)]
+    if len({id(layers[place].weight) for place in places}) < len(places):
+        raise InputError("layers that share their weight are not shrunk")
     for first, second in pairwise(places):
         _check(layers[first], layers[first + 1 : second], layers[second])  # type: ignore[arg-type]  # both are
     changed = True
@@ -49,7 +157,7 @@ def shrink(chain: nn.Sequential) -> nn.Sequential:
         changed = False
         for first, second in reversed(list(pairwise(places))):
             changed |= _thin(layers[first], layers[first + 1 : second], layers[second])  # type: ignore[arg-type]  # both are
-    return nn.Sequential(*layers)
+    return found
 
 
 def _check(layer: nn.Linear | nn.Conv2d, between: Sequence[nn.Module], following: nn.Linear | nn.Conv2d) -> None:
@@ -154,9 +262,10 @@ def _keep_features(norm: nn.BatchNorm1d | nn.BatchNorm2d, keep: Tensor) -> None:
     norm.num_features = int(keep.sum())
 
 
-def _laid_out(chain: nn.Sequential) -> list[nn.Module]:
+def _laid_out(chain: nn.Module) -> list[nn.Module]:
     if not isinstance(chain, nn.Sequential) or type(chain).forward is not nn.Sequential.forward:
         raise InputError(
-            f"an nn.Sequential is shrunk, got {type(chain).__name__}, which may do more: pass the part that is a chain"
+            f"an nn.Sequential is shrunk by itself, got {type(chain).__name__}, which may do more: "
+            "pass a batch of inputs, too"
         )
     return [each for layer in chain for each in (_laid_out(layer) if isinstance(layer, nn.Sequential) else [layer])]

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsity import InputError, Sparsifier
-from sparsity.convert import BlockSparseLinear, SparseLinear, to_dense, to_sparse
+from sparsity import InputError, Sparsifier, convert
+from sparsity.convert import BlockSparseLinear, SemiSparseLinear, SparseLinear, to_dense, to_semi_sparse, to_sparse
+from sparsity.learned import StraightThrough
 from sparsity.models import GPT, LeNet300100
+from sparsity.patterns import nm_mask
 
 
 def pruned(sparsity: float = 0.9) -> tuple[nn.Module, Sparsifier]:
@@ -188,3 +190,81 @@ def test_a_transformer() -> None:
 def test_densities_that_are_none_are_refused(density: float) -> None:
     with pytest.raises(InputError, match=rf"density={density}"):
         to_sparse(nn.Linear(2, 2), density=density)
+
+
+def semi(monkeypatch: pytest.MonkeyPatch, masked: bool = True) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
+    """A network of which two layers are 2:4, the same with sparse layers on a device with kernels, and its masks."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 3)).double()
+    masks = {f"{place}.weight": nm_mask(net.get_parameter(f"{place}.weight"), 2, 4) for place in (0, 2)}
+    with torch.no_grad():
+        for name, mask in masks.items():
+            net.get_parameter(name).mul_(mask)
+    monkeypatch.setattr(convert, "has_kernels", lambda weight: True)
+    return net, to_sparse(net, masks if masked else None), masks
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_two_of_four_where_there_are_kernels(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+    net, found, _ = semi(monkeypatch, masked)
+    kinds = [type(layer) for layer in found.modules() if isinstance(layer, nn.Linear)]
+    assert kinds == [SemiSparseLinear, SemiSparseLinear, nn.Linear]
+    x = torch.randn(5, 16).double()
+    assert torch.allclose(found(x), net(x), rtol=1e-12, atol=1e-12)
+    back = to_dense(found)
+    assert [type(layer) for layer in back.modules()] == [type(layer) for layer in net.modules()]
+    assert all(torch.equal(back.state_dict()[name], value) for name, value in net.state_dict().items())
+    assert not {each.data_ptr() for each in back.parameters()} & {each.data_ptr() for each in found.parameters()}
+
+
+def test_two_of_four_without_kernels_stays_dense() -> None:
+    net = nn.Linear(16, 32)
+    with torch.no_grad():
+        net.weight.mul_(nm_mask(net.weight, 2, 4))
+    assert type(to_sparse(net)) is nn.Linear
+
+
+def test_two_of_four_trains_as_the_masked_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, found, masks = semi(monkeypatch)
+    for model in (net, found):
+        torch.manual_seed(1)
+        adam = torch.optim.AdamW(model.parameters(), 1e-2)
+        for _ in range(10):
+            model(torch.randn(8, 16).double()).square().sum().backward()
+            for name, mask in masks.items():
+                if model is net:
+                    net.get_parameter(name).grad.mul_(mask)  # type: ignore[union-attr]  # it has one
+            adam.step()
+            adam.zero_grad()
+    for name, value in net.state_dict().items():
+        assert torch.allclose(found.state_dict()[name], value, rtol=1e-10, atol=1e-12), name
+    assert not found.get_parameter("0.weight")[~masks["0.weight"]].any()
+    found.load_state_dict({**found.state_dict(), "0.weight": torch.ones(32, 16)})
+    assert int(to_dense(found).get_parameter("0.weight").count_nonzero()) == 256, "what the mask prunes takes no part"
+
+
+def test_masks_that_move_train_as_in_linear_layers() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 3)).double()
+    found = to_semi_sparse(net, only=["0", "2"])
+    assert [type(layer) for layer in found.modules() if isinstance(layer, nn.Linear)] == [
+        SemiSparseLinear, SemiSparseLinear, nn.Linear
+    ]  # fmt: skip
+    assert found.state_dict().keys() == net.state_dict().keys()
+    for model in (net, found):
+        torch.manual_seed(1)
+        sparsifier, sgd = StraightThrough("2:4", decay=1e-3), torch.optim.SGD(model.parameters(), 0.02)
+        sparsifier.attach(model, sgd)
+        for step in range(10):
+            model(torch.randn(8, 16).double()).square().sum().backward()
+            sparsifier.update(step)
+            sgd.step()
+            sparsifier.apply()
+            sgd.zero_grad()
+    for name, value in net.state_dict().items():
+        assert torch.allclose(found.state_dict()[name], value, rtol=1e-10, atol=1e-12), name
+
+
+def test_layers_that_are_none_are_named() -> None:
+    with pytest.raises(InputError, match=r"only=\['fc9'\].*choose among \['fc1', 'fc2', 'fc3'\]"):
+        to_semi_sparse(LeNet300100(), only=["fc9"])

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LEAVES = {"errors", "ops", "version"}
 ALLOWED = {
     "errors": set(), "version": set(), "ops": set(), "convert": {"errors", "masks", "ops"},
-    "advice": {"convert", "errors", "masks"}, "shrink": {"errors"},
+    "advice": {"convert", "errors", "masks"}, "coupled": {"errors"}, "shrink": {"coupled", "errors"},
     "shards": {"errors"}, "compact": {"errors"}, "upkeep": {"compact", "ops", "shards"},
     "masks": {"errors", "shards"}, "targets": {"errors"}, "schedules": {"errors"},
     "scores": {"compact", "errors", "ops", "shards"},

@@ -1,17 +1,21 @@
 """What is taken out of a chain was not needed: the function is the same, the layers are smaller."""
 
+import json
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from sparsity import InputError, Sparsifier
-from sparsity.shrink import shrink
+from sparsity.shrink import manifest, shrink, shrunk_like
 
 
 def same(chain: nn.Sequential, x: Tensor) -> nn.Sequential:
     before = [each.clone() for each in chain.state_dict().values()]
     found = shrink(chain)
+    assert isinstance(found, nn.Sequential)
     assert torch.allclose(found.eval()(x), chain.eval()(x), rtol=1e-10, atol=1e-12)
     assert all(torch.equal(*pair) for pair in zip(before, chain.state_dict().values(), strict=True))
     assert not {each.data_ptr() for each in found.parameters()} & {each.data_ptr() for each in chain.parameters()}
@@ -29,6 +33,9 @@ class Residual(nn.Sequential):
         return found
 
 
+TWICE = nn.Linear(3, 3)
+
+
 def masked(layer: nn.Linear) -> nn.Linear:
     prune.l1_unstructured(layer, "weight", 0.5)  # type: ignore[no-untyped-call]  # torch's
     return layer
@@ -39,7 +46,7 @@ def weight(chain: nn.Sequential, place: int) -> Tensor:
 
 
 def widths(chain: nn.Sequential) -> list[int]:
-    return [len(layer.weight) for layer in chain if isinstance(layer, nn.Linear | nn.Conv2d)]
+    return [len(layer.weight) for layer in chain.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
 
 
 @pytest.mark.parametrize("middle", [(nn.ReLU(),), (nn.Sigmoid(), nn.BatchNorm1d(8)), (nn.BatchNorm1d(8), nn.GELU())])
@@ -137,7 +144,7 @@ def test_what_is_needed_stays() -> None:
 
 
 @pytest.mark.parametrize(("chain", "message"), [
-    (nn.Linear(3, 3), "an nn.Sequential is shrunk, got Linear"),
+    (nn.Linear(3, 3), "an nn.Sequential is shrunk by itself, got Linear"),
     (nn.Sequential(nn.Linear(3, 3), nn.Softmax(1), nn.Linear(3, 3)), "Softmax is none of them"),
     (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "groups"),
     (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(6, 2)), "not those of the 4 outputs"),
@@ -146,9 +153,59 @@ def test_what_is_needed_stays() -> None:
     (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(2), nn.Linear(4, 2)), "other dimensions"),
     (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 2)), "other features than"),
     (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2)), "running stat"),
-    (nn.Sequential(masked(nn.Linear(3, 4)), nn.Linear(4, 2)), "prune's masks permanent"),
+    (nn.Sequential(masked(nn.Linear(3, 4)), nn.Linear(4, 2)), "the weight of '0' is no parameter of its own"),
     (Residual(nn.Linear(3, 3)), "got Residual, which may do more"),
+    (nn.Sequential(TWICE, nn.ReLU(), TWICE), "share their weight"),
 ])  # fmt: skip
 def test_what_cannot_be_shrunk_is_refused(chain: nn.Module, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        shrink(chain)  # type: ignore[arg-type]  # on purpose
+        shrink(chain)
+
+
+def test_what_needs_a_package_that_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(InputError, match=r'pip install "lightning-sparsity\[structured\]"'):
+        shrink(Residual(nn.Linear(3, 3)), torch.randn(2, 3))
+
+
+def smaller() -> tuple[nn.Sequential, nn.Module]:
+    """A chain of chains, and what it shrinks to, with a bias that was not there before."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    chain = nn.Sequential(inner, nn.Conv2d(8, 4, 3, bias=False), nn.Flatten(), nn.Linear(16, 3)).double()
+    with torch.no_grad():
+        chain.get_parameter("0.0.weight")[[1, 4, 5]] = 0
+        chain.get_parameter("0.1.bias").fill_(0.5)
+    return chain, same(chain, torch.randn(3, 2, 6, 6).double())
+
+
+def test_a_manifest_brings_a_dense_model_into_shape() -> None:
+    chain, found = smaller()
+    shapes = json.loads(json.dumps(manifest(found)))
+    rebuilt = shrunk_like(chain, shapes)
+    before = {name: each.clone() for name, each in chain.state_dict().items()}
+    rebuilt.load_state_dict(found.state_dict())
+    assert str(rebuilt) == str(found)
+    x = torch.randn(3, 2, 6, 6).double()
+    assert torch.equal(rebuilt.eval()(x), found(x))
+    assert all(torch.equal(value, before[name]) for name, value in chain.state_dict().items())
+    assert all(each.requires_grad for each in rebuilt.parameters())
+    assert manifest(rebuilt) == shapes
+    assert manifest(shrunk_like(chain, manifest(chain))) == manifest(chain)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"4": {"weight": [3, 3]}}, r"\['4'\], which Sequential does not"),
+    ({"1": {}}, r"'1.weight' has the shape None in the manifest, in the model \[4, 8, 3, 3\]"),
+    ({"3": {"weight": [3, 17], "bias": [3], "in_features": 17}}, r"\[3, 17\] in the manifest"),
+    ({"3": {"weight": [10**12, 16], "bias": [3]}}, "1000000000000, 16"),
+    ({"3": {"weight": [3, -1], "bias": [3]}}, r"\[3, -1\]"), ({"3": {"weight": "x", "bias": [3]}}, "shape x"),
+    ({"3": {"weight": [3, 16, 1], "bias": [3]}}, "3, 16, 1"), ({"3": {"weight": [3, True], "bias": [3]}}, "True"),
+    ({"3": {"weight": [3, 9], "bias": [3], "in_features": 20, "out_features": 3}}, "in_features=16 in the model"),
+    ({"3": {"weight": [3, 9], "bias": [3], "in_features": 9.0, "out_features": 3}}, "in_features=16 in the model"),
+    ({"1": {"weight": [4, 5, 3, 3], "bias": [5]}}, r"'1.bias' has the shape \[5\]"), ({"1": [4]}, "a dict of dicts"),
+])  # fmt: skip
+def test_a_manifest_that_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
+    chain, found = smaller()
+    with pytest.raises(InputError, match=message):
+        shrunk_like(chain, {**manifest(found), **change})  # type: ignore[dict-item]  # on purpose
