@@ -28,12 +28,12 @@ class Topology(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Sizes that kernels are compiled for: rows of the batch, numbers summed at once, warps, and loads in flight."""
+    """Sizes that kernels are compiled for: rows of the batch, numbers summed at once, warps, and steps in memory."""
 
     rows: int
     step: int
     warps: int
-    stages: int
+    buffers: int
 
 
 def linear(
@@ -62,7 +62,7 @@ def linear_values(y: Tensor, x: Tensor, columns: Tensor, starts: Tensor, values:
     with torch.cuda.device_of(x):
         _values_kernel[count, parts](
             y, x, kept.rows, columns.contiguous(), sums, len(x), y.shape[1], x.shape[1], -(-steps // parts), SIDE=side,
-            STEP=tiles.step, EVEN=even, PRECISION=_precision(), num_warps=tiles.warps, num_stages=tiles.stages,
+            STEP=tiles.step, EVEN=even, PRECISION=_precision(), num_warps=tiles.warps, num_stages=tiles.buffers,
         )  # fmt: skip
     return values if parts == 1 else sums.sum(0).to(values.dtype)
 
@@ -82,18 +82,19 @@ def _product(
             values if bias is None else bias.contiguous(), y, batch, width, out, SIDE=side, ROWS=tiles.rows,
             STEP=min(side, tiles.step), GROUP=GROUP, TURNED=order is not None, BIASED=bias is not None,
             ACTIVATION=activation, EVEN=width % side == 0 and out % side == 0, PRECISION=_precision(),
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            num_warps=tiles.warps, num_stages=2 * tiles.buffers - 1,  # numbers wait for their places, so stages are two
         )  # fmt: skip
     return y
 
 
 def _tiles(x: Tensor, side: int, batch: int) -> Tiles:
-    """By the side and the dtype, and by the batch where that is small."""
+    """By the side and the dtype, by the batch where that is small, and by whether rows begin at whole 16 bytes."""
     wide = x.element_size() == 4
-    rows = next((each for each in (16, 32, 64, 128) if batch <= each), 256 if side == 128 and not wide else 128)
-    step = 32 if wide else 64
-    stages = cuda.shared_memory(x) // ((rows + side) * step * x.element_size())
-    return Tiles(rows, step, 8 if rows * side > 128 * 128 else 4 if side > 32 else 2, max(1, min(4, stages)))
+    most = 256 if side == 128 and not wide and x.shape[1] * x.element_size() % 16 == 0 else 128
+    rows = next((each for each in (16, 32, 64, 128) if batch <= each), most)
+    step = 16 if wide else 64
+    buffers = cuda.shared_memory(x) // ((rows + side) * step * x.element_size())
+    return Tiles(rows, step, 8 if rows * side >= 128 * 128 else 4 if side > 32 else 2, max(1, min(3, buffers)))
 
 
 def _precision() -> str:
