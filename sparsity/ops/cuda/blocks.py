@@ -62,7 +62,7 @@ def linear_values(y: Tensor, x: Tensor, columns: Tensor, starts: Tensor, values:
     with torch.cuda.device_of(x):
         _values_kernel[count, parts](
             y, x, kept.rows, columns.contiguous(), sums, len(x), y.shape[1], x.shape[1], -(-steps // parts), SIDE=side,
-            STEP=tiles.step, EVEN=even, PRECISION=_precision(), num_warps=tiles.warps, num_stages=tiles.buffers,
+            STEP=tiles.step, EVEN=even, PRECISION=precision(), num_warps=tiles.warps, num_stages=tiles.buffers,
         )  # fmt: skip
     return values if parts == 1 else sums.sum(0).to(values.dtype)
 
@@ -81,7 +81,7 @@ def _product(
             x, values, values if order is None else order, sources.contiguous(), starts.contiguous(),
             values if bias is None else bias.contiguous(), y, batch, width, out, SIDE=side, ROWS=tiles.rows,
             STEP=min(side, tiles.step), GROUP=GROUP, TURNED=order is not None, BIASED=bias is not None,
-            ACTIVATION=activation, EVEN=width % side == 0 and out % side == 0, PRECISION=_precision(),
+            ACTIVATION=activation, EVEN=width % side == 0 and out % side == 0, PRECISION=precision(),
             num_warps=tiles.warps, num_stages=2 * tiles.buffers - 1,  # numbers wait for their places, so stages are two
         )  # fmt: skip
     return y
@@ -97,7 +97,7 @@ def _tiles(x: Tensor, side: int, batch: int) -> Tiles:
     return Tiles(rows, step, 8 if rows * side >= 128 * 128 else 4 if side > 32 else 2, max(1, min(3, buffers)))
 
 
-def _precision() -> str:
+def precision() -> str:
     """How products of float32 are taken: as torch's own."""
     matmul = torch.backends.cuda.matmul
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
