@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from sparsity.ops import block_sparse_linear, compressed_blocks, cuda
@@ -86,7 +85,7 @@ def test_what_lies_beyond_the_weight_is_not_looked_at_and_has_no_slope(device: t
 
 def test_blocks_that_change_in_place_are_seen(device: torch.device) -> None:
     # The blocks by columns are remembered: of the same tensors, but not of what they were before.
-    x, slope, weight, mask, _ = (each.to(device) for each in case(5, 48, 32, 16, 0.0))
+    _, slope, weight, mask, _ = (each.to(device) for each in case(5, 48, 32, 16, 0.0))
     weight = weight.float()
     mask[:16, :16] = mask[16:, 32:] = True
     values, columns, starts = compressed_blocks(weight, mask, 16)

@@ -42,7 +42,7 @@ def _available(device: int) -> bool:
     try:
         import triton
 
-        triton.runtime.driver.active.get_current_device()  # compiles what launches kernels, for which it needs a C compiler
+        triton.runtime.driver.active.get_current_device()  # needs a C compiler, as every launch does
     except Exception as error:
         log.info("Triton cannot be used, so operations run in plain PyTorch, which is slower: %s", error)
         return False

@@ -12,9 +12,7 @@ BATCH = 16  # rows of x at once, for the same reason
 BYTES = 32  # of the bits of each row, expanded at once
 
 
-def linear(
-    x: Tensor, values: Tensor, bits: Tensor, starts: Tensor, bias: Tensor | None, width: int
-) -> Tensor:
+def linear(x: Tensor, values: Tensor, bits: Tensor, starts: Tensor, bias: Tensor | None, width: int) -> Tensor:
     """``x W^T + bias`` for ``x [batch, width]``: ``[batch, out]``, in the dtype of x, with sums in float32.
 
     Bit j of ``bits[row, i]`` tells whether the weight has a value in column 8 i + j, and row r has the values

@@ -1,7 +1,7 @@
 """Products with a weight of square blocks, at its kept blocks only: see `sparsity.ops.blocks` for the definitions.
 
-What is compiled depends on the side, the dtype and whether sizes are multiples of tiles, never on which blocks are kept.
-Sums are in float32. Products of float32 are so too, unless torch is told to do with TF32.
+What is compiled depends on the side, the dtype and whether sizes are multiples of tiles, never on which blocks are
+kept. Sums are in float32. Products of float32 are so too, unless torch is told to do with TF32.
 """
 
 from typing import NamedTuple
