@@ -13,7 +13,11 @@ from sparsity.ops.linear import Rows, check_places, flattened, native_call, rows
 
 SIDES = (16, 32, 64, 128)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-IN_PLACE = {"relu": torch.relu_, "gelu": torch.ops.aten.gelu_, "silu": torch.ops.aten.silu_}
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "gelu": torch.ops.aten.gelu_,
+    "silu": torch.ops.aten.silu_,
+}
 
 
 def compressed_blocks(weight: Tensor, mask: Tensor | None = None, side: int = 32) -> Rows:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,11 +16,14 @@ def pack_nm(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     """The n largest magnitudes of each m consecutive weights of the last axis: values and indices.
 
     For a weight ``[..., in]`` values are ``[..., in / m * n]``, in order of columns. Indices are uint8
-    ``[..., ceil(in / m * n * b / 8)]``, where b is the number of bits of m - 1: the index of value i of a row, its place
-    in its group, is bits i b to i b + b - 1 of the row's bytes, the lowest first; what is left of the last byte is zero.
-    For 2:4 four indices of 2 bits make a byte. Among equal magnitudes the first are kept. The values have a gradient.
+    ``[..., ceil(in / m * n * b / 8)]``, where b is the number of bits of m - 1: the index of value i of a row, its
+    place in its group, is bits i b to i b + b - 1 of the row's bytes, the lowest first; what is left of the last byte
+    is zero. For 2:4 four indices of 2 bits make a byte. Among equal magnitudes the first are kept, and NaN is above
+    all. The values have a gradient.
 
-    On a GPU and for m of 2, 4, 8 or 16 it is one Triton kernel. Raises `ValueError` for anything but a floating weight,
+    On a GPU and for m of 2, 4, 8 or 16 it is one Triton kernel, which has not been timed.
+
+    Raises `ValueError` for anything but a floating weight,
     and where m does not divide its last axis.
     """
     if weight.ndim < 1 or not weight.is_floating_point():
@@ -54,12 +58,13 @@ def _pack(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
         from sparsity.ops.cuda import pack as kernels
 
         return kernels.pack(weight, n, m)
-    groups = weight.detach().unflatten(-1, (weight.shape[-1] // m, m))
+    groups = rearrange(weight.detach(), "... (group m) -> ... group m", m=m)
     places = groups.abs().argsort(dim=-1, descending=True, stable=True)[..., :n].sort(-1).values
     values = groups.gather(-1, places).flatten(-2)
     width = _width(m)
     bits = places.flatten(-2)[..., None] >> torch.arange(width, device=weight.device) & 1
-    bits = F.pad(bits.flatten(-2), (0, -(values.shape[-1] * width) % 8)).unflatten(-1, (_bytes(values.shape[-1], m), 8))
+    bits = F.pad(bits.flatten(-2), (0, -values.shape[-1] * width % 8))
+    bits = rearrange(bits, "... (byte bit) -> ... byte bit", bit=8)
     return values, (bits << torch.arange(8, device=weight.device)).sum(-1).to(torch.uint8)
 
 
@@ -69,9 +74,10 @@ def _unpack(values: Tensor, indices: Tensor, n: int, m: int) -> Tensor:
         from sparsity.ops.cuda import pack as kernels
 
         return kernels.unpack(values, indices, n, m)
-    groups = values.detach().unflatten(-1, (values.shape[-1] // n, n))
+    groups = rearrange(values.detach(), "... (group n) -> ... group n", n=n)
     empty = groups.new_zeros(*groups.shape[:-1], m)
-    return empty.scatter_(-1, _places(indices, values.shape[-1], n, m), groups).flatten(-2)
+    weight: Tensor = empty.scatter_(-1, _places(indices, values.shape[-1], n, m), groups).flatten(-2)
+    return weight
 
 
 @_pack.register_fake
@@ -94,7 +100,8 @@ def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 def _pack_backward(ctx: Any, values: Tensor, indices: Tensor) -> tuple[Tensor | None, ...]:
     (places,) = ctx.saved_tensors
-    return torch.ops.sparsity.unpack_nm(values.contiguous(), places, *ctx.pattern), None, None
+    weight: Tensor = torch.ops.sparsity.unpack_nm(values, places, *ctx.pattern)
+    return weight, None, None
 
 
 def _save_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -106,7 +113,7 @@ def _unpack_backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
     n, m = ctx.pattern
     places = _places(indices, weight.shape[-1] // m * n, n, m)
-    return weight.unflatten(-1, (weight.shape[-1] // m, m)).gather(-1, places).flatten(-2), None, None, None
+    return rearrange(weight, "... (group m) -> ... group m", m=m).gather(-1, places).flatten(-2), None, None, None
 
 
 _pack.register_autograd(_pack_backward, setup_context=_save_pack)
@@ -117,8 +124,9 @@ def _places(indices: Tensor, count: int, n: int, m: int) -> Tensor:
     """The place of each value in its group: int64 ``[..., groups, n]``."""
     width = _width(m)
     bits = (indices[..., None].long() >> torch.arange(8, device=indices.device) & 1).flatten(-2)
-    bits = bits[..., : count * width].unflatten(-1, (count, width))
-    return (bits << torch.arange(width, device=indices.device)).sum(-1).unflatten(-1, (count // n, n))
+    bits = rearrange(bits[..., : count * width], "... (group n bit) -> ... group n bit", n=n, bit=width)
+    places: Tensor = (bits << torch.arange(width, device=indices.device)).sum(-1)
+    return places
 
 
 def _width(m: int) -> int:

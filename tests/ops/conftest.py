@@ -1,6 +1,7 @@
 """Both ways of every operation that has two: by its definition, and in C++; and kernels for GPUs without a GPU."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cpu")
 
 
-def poisoned(self: torch.Tensor, *shape: object, **options: object) -> torch.Tensor:
+def poisoned(self: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
     """`new_empty`, of numbers that nobody may read."""
-    found = torch.empty(*shape, **{"dtype": self.dtype, "device": self.device, **options})  # type: ignore[arg-type]
+    found: torch.Tensor = torch.empty(*shape, **{"dtype": self.dtype, "device": self.device, **options})
     return found.fill_(torch.nan if found.is_floating_point() else -(1 << 6))

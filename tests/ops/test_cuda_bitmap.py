@@ -35,9 +35,9 @@ def test_it_is_the_dense_layer(
     mask[out // 2] = False  # a row of nothing
     values, bits, starts = packed(weight, mask)
     values = torch.cat([values, values.new_full((64,), torch.nan)])  # what nobody may read
-    given = [each.to(device) for each in (x, values, bits, starts)]
     for added in (bias, None):
-        y = bitmap.linear(*given, None if added is None else added.to(device), width)
+        near = None if added is None else added.to(device)
+        y = bitmap.linear(x.to(device), values.to(device), bits.to(device), starts.to(device), near, width)
         assert y.dtype == dtype
         expected = F.linear(x.double(), (weight * mask).double(), None if added is None else added.double())
         close(y.cpu(), expected, dtype)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torch import distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from sparsity.ops import kth_largest, largest
 from sparsity.ops.select import CHUNK
@@ -251,4 +252,4 @@ def run(process: int, store: str) -> None:
 def test_a_process_group_shares_one_threshold(backend: str, tmp_path: Path) -> None:
     if backend == "native":
         pytest.skip("sums of histograms, whatever made them")
-    multiprocessing.spawn(run, (str(tmp_path / "store"),), nprocs=2)
+    spawn(run, (str(tmp_path / "store"),), nprocs=2)  # type: ignore[no-untyped-call]  # torch's

@@ -25,7 +25,8 @@ def shared_memory(tensor: Tensor) -> int:
     """Bytes of shared memory that a program may have where this tensor is."""
     if not tensor.is_cuda:
         return SHARED
-    return int(torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def processors(tensor: Tensor) -> int:

@@ -1,4 +1,6 @@
-"""N:M selection and packing in one pass over the weight, and its reverse: see `sparsity.ops.pack` for the definitions."""
+"""N:M selection and packing in one pass over the weight, and its reverse: see `sparsity.ops.pack`."""
+
+from typing import Any
 
 import torch
 import triton
@@ -25,7 +27,7 @@ def unpack(values: Tensor, indices: Tensor, n: int, m: int) -> Tensor:
     return weight
 
 
-def _run(kernel: "triton.JITFunction", weight: Tensor, values: Tensor, indices: Tensor, n: int, m: int) -> None:
+def _run(kernel: Any, weight: Tensor, values: Tensor, indices: Tensor, n: int, m: int) -> None:
     groups, length = weight.shape[-1] // m, indices.shape[-1]
     blocks = triton.cdiv(groups, BLOCK)
     with torch.cuda.device_of(weight):

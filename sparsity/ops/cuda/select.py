@@ -28,7 +28,7 @@ def histogram(values: Tensor, shift: int, prefix: int | None) -> Tensor:
     return counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix"])
 def _histogram_kernel(
     bits, counts, size, prefix, SHIFT: tl.constexpr, WIDTH: tl.constexpr, WITHIN: tl.constexpr, BLOCK: tl.constexpr,
     COPIES: tl.constexpr, DIGIT: tl.constexpr,
