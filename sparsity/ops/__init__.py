@@ -6,6 +6,7 @@ from sparsity.ops.finite import all_finite
 from sparsity.ops.gumbel import best_nm_mask, candidates, gumbel_nm_gradient, gumbel_nm_mask
 from sparsity.ops.keep import keep_
 from sparsity.ops.linear import compressed, decompressed, sparse_linear
+from sparsity.ops.pack import pack_nm, unpack_nm
 from sparsity.ops.precision import whole_digits
 from sparsity.ops.select import kth_largest, largest
 from sparsity.ops.semi import semi_sparse_linear
@@ -13,5 +14,5 @@ from sparsity.ops.semi import semi_sparse_linear
 __all__ = [
     "adaptive_counts", "all_finite", "best_nm_mask", "block_sparse_linear", "candidates", "compressed",
     "compressed_blocks", "decompressed", "decompressed_blocks", "gumbel_nm_gradient", "gumbel_nm_mask", "keep_",
-    "kth_largest", "largest", "semi_sparse_linear", "sparse_linear", "whole_digits",
+    "kth_largest", "largest", "pack_nm", "semi_sparse_linear", "sparse_linear", "unpack_nm", "whole_digits",
 ]  # fmt: skip

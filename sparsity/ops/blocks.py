@@ -1,5 +1,6 @@
 """Linear layers by their kept blocks only: square blocks of the weight, in plain index and value tensors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,10 +8,16 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsity.ops import linear
+from sparsity.ops import cuda, linear
 from sparsity.ops.linear import Rows, check_places, flattened, native_call, rows_of, wide
 
 SIDES = (16, 32, 64, 128)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "gelu": torch.ops.aten.gelu_,
+    "silu": torch.ops.aten.silu_,
+}
 
 
 def compressed_blocks(weight: Tensor, mask: Tensor | None = None, side: int = 32) -> Rows:
@@ -54,32 +61,65 @@ def decompressed_blocks(values: Tensor, columns: Tensor, starts: Tensor, out: in
 
 
 def block_sparse_linear(
-    x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, out: int, bias: Tensor | None = None
-) -> Tensor:
+    x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, out: int, bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:  # fmt: skip
     """``x W^T + bias`` for ``x [..., in]`` and a weight ``[out, in]`` in blocks (`compressed_blocks`): ``[..., out]``.
 
-    As `sparse_linear` in everything else: gradients of x, the values and the bias, C++ on a CPU, the dense matrix
-    elsewhere. An index for a whole block leaves the processor to its arithmetic, so blocks pay at higher densities.
+    As `sparse_linear` in everything else: gradients of x, the values and the bias, C++ on a CPU, and the dense matrix
+    for small products; on a GPU it is Triton, with sums in float32. An index for a whole block leaves the processor to
+    its arithmetic, so blocks pay at higher densities.
 
-    Raises `ValueError` for tensors that do not fit one another, and `IndexError` for columns out of range.
+    `activation` is "relu", "gelu" or "silu" of the result. Where no gradient is wanted Triton takes it of its sums, so
+    16-bit numbers are rounded once.
+
+    Raises `ValueError` for tensors that do not fit one another and other activations, and `IndexError` for columns out
+    of range.
     """
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"expected an activation of {', '.join(ACTIVATIONS)} or None, got {activation!r}")
     x, values, bias = linear.autocasted(x, values, bias)
-    found: Tensor = torch.ops.sparsity.blocks(x, values, columns, starts, bias, out)
+    learned = any(each is not None and each.requires_grad for each in (x, values, bias))
+    if activation is None or (learned and torch.is_grad_enabled()):
+        y: Tensor = torch.ops.sparsity.blocks(x, values, columns, starts, bias, out)
+        return y if activation is None else ACTIVATIONS[activation](y)
+    found: Tensor = torch.ops.sparsity.blocks_activated(x, values, columns, starts, bias, out, activation)
     return found
 
 
 @torch.library.custom_op("sparsity::blocks", mutates_args=())
 def _blocks(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor | None, out: int) -> Tensor:
+    return _activated(x, values, columns, starts, bias, out, None)
+
+
+@torch.library.custom_op("sparsity::blocks_activated", mutates_args=())
+def _blocks_activated(
+    x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor | None, out: int, activation: str
+) -> Tensor:
+    return _activated(x, values, columns, starts, bias, out, activation)
+
+
+def _activated(
+    x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor | None, out: int, activation: str | None
+) -> Tensor:
     width = x.shape[-1]
     _check(values, columns, starts, x, None, out, width)
     if bias is not None and (bias.shape != (out,) or bias.dtype != x.dtype):
         raise ValueError(f"expected a bias of {out} {x.dtype}, got {tuple(bias.shape)} of {bias.dtype}")
+    if cuda.serves(x):
+        from sparsity.ops.cuda import blocks as kernels
+
+        y = kernels.linear(flattened(x), values, columns, starts, bias, out, activation)
+        return y.view(*x.shape[:-1], out)
     if not linear.is_native(x, values):
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, decompressed_blocks(values, columns, starts, out, width), bias)
+            y = F.linear(x, decompressed_blocks(values, columns, starts, out, width), bias)
+        return ACTIVATIONS[activation](y) if activation else y
     flat, bias = wide(flattened(x)), None if bias is None else wide(bias)
     y = flat.new_empty(len(flat), out)
     _call("sparsity_blocks", wide(values), columns, starts, out, width, flat, len(flat), bias, y)
+    if activation:
+        IN_PLACE[activation](y)
     return y.view(*x.shape[:-1], out).to(x.dtype)
 
 
@@ -88,6 +128,10 @@ def _blocks_input(y: Tensor, values: Tensor, columns: Tensor, starts: Tensor, wi
     """``y W`` for ``y [..., out]``: ``[..., width]``."""
     out = y.shape[-1]
     _check(values, columns, starts, None, y, out, width)
+    if cuda.serves(y) and width > 0:
+        from sparsity.ops.cuda import blocks as kernels
+
+        return kernels.linear_input(flattened(y), values, columns, starts, width).view(*y.shape[:-1], width)
     if not linear.is_native(y, values):
         with torch.autocast(y.device.type, enabled=False):
             return y @ decompressed_blocks(values, columns, starts, out, width)
@@ -101,14 +145,26 @@ def _blocks_input(y: Tensor, values: Tensor, columns: Tensor, starts: Tensor, wi
 def _blocks_values(y: Tensor, x: Tensor, columns: Tensor, starts: Tensor, side: int) -> Tensor:
     """``y^T x`` at the kept blocks: ``[blocks, side, side]``, zero beyond the matrix."""
     out, width = y.shape[-1], x.shape[-1]
-    values = x.new_empty(len(columns), side, side, dtype=wide(x[:0]).dtype)
-    _check(values.to(x.dtype), columns, starts, x, y, out, width)
+    values = x.new_empty(len(columns), side, side)
+    _check(values, columns, starts, x, y, out, width)
     flat_y, flat_x = flattened(y), flattened(x)
+    if cuda.serves(x) and out > 0:
+        from sparsity.ops.cuda import blocks as kernels
+
+        return kernels.linear_values(flat_y, flat_x, columns, starts, values)
     if not linear.is_native(x, values):
         with torch.autocast(x.device.type, enabled=False):
             return _cut(flat_y.t() @ flat_x, side)[rows_of(values, starts), columns.long()]
+    values = values.to(torch.promote_types(x.dtype, torch.float32))
     _call("sparsity_blocks_values", values, columns, starts, out, width, wide(flat_y), wide(flat_x), len(flat_x))
     return values.to(x.dtype)
+
+
+@_blocks_activated.register_fake
+def _(
+    x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor | None, out: int, activation: str
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out)
 
 
 @_blocks.register_fake

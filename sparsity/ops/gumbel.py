@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsity.ops import cuda
+
 CHUNK = 1 << 18  # logits worked on together: what bounds the extra memory
+GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: multiples of it are far from one another
 
 
 @cache
@@ -25,11 +28,11 @@ def gumbel_nm_mask(logits: Tensor, n: int, m: int, scale: float, temperature: fl
 
         y = softmax((scale * logits + gumbel) / temperature)        mask = sum of candidates, weighted by y
 
-    MaskLLM, Fang et al. (arXiv 2409.17481). The noise is Gumbel's and a function of `seed` and of
-    the place alone, so it is not stored: the backward pass, which gives the gradient of the logits, draws it again.
+    MaskLLM, Fang et al. (arXiv 2409.17481). The noise is Gumbel's and a hash of `seed` and of the place alone, the same
+    on every device, so it is not stored: the backward pass, which gives the gradient of the logits, makes it again.
     Candidates are on axis 0, where a softmax over few of them is one pass over contiguous numbers, and everything
     happens in chunks that stay in the cache: some three times as fast on a CPU as `gumbel_softmax(logits) @ table`, and
-    with no memory but the result.
+    with no memory but the result. On a GPU float32 is one Triton kernel each way.
 
     Raises `ValueError` for logits that are not float32 or float64 of that shape, or a temperature that is not positive.
     """
@@ -52,6 +55,10 @@ def gumbel_nm_gradient(
     logits: Tensor, gradient: Tensor, n: int, m: int, scale: float, temperature: float, seed: int
 ) -> Tensor:
     """The gradient of the logits, of their shape, from that of the mask `gumbel_nm_mask` gave for the same settings."""
+    if cuda.serves(logits):
+        from sparsity.ops.cuda import gumbel as kernels
+
+        return kernels.gradient(logits, gradient, candidates(n, m), scale, temperature, keys(seed))
     table, result = candidates(n, m).to(logits), torch.empty_like(logits)
     for start, y in _soft(logits, scale, temperature, seed):
         inner = table @ gradient[start : start + y.shape[1]].T
@@ -65,6 +72,10 @@ class _Sample(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, n: int, m: int, scale: float, temperature: float, seed: int) -> Tensor:
         ctx.save_for_backward(logits)
         ctx.settings = (n, m, scale, temperature, seed)
+        if cuda.serves(logits):
+            from sparsity.ops.cuda import gumbel as kernels
+
+            return kernels.mask(logits, candidates(n, m), scale, temperature, keys(seed))
         table, mask = candidates(n, m).to(logits), logits.new_empty(logits.shape[1], m)
         for start, y in _soft(logits, scale, temperature, seed):
             torch.mm(y.T, table, out=mask[start : start + y.shape[1]])
@@ -80,13 +91,40 @@ class _Sample(torch.autograd.Function):
 
 def _soft(logits: Tensor, scale: float, temperature: float, seed: int) -> Iterator[tuple[int, Tensor]]:
     """Chunk by chunk: where it starts, and the weights of the candidates ``[candidates, chunk]``."""
-    generator = torch.Generator(logits.device)
     size = max(1, CHUNK // len(logits))
-    for number, start in enumerate(range(0, logits.shape[1], size)):
+    for start in range(0, logits.shape[1], size):
         part = logits[:, start : start + size]
-        generator.manual_seed(seed * 1_000_003 + number & (1 << 63) - 1)
-        noise = torch.empty(part.shape, dtype=part.dtype, device=part.device).uniform_(generator=generator)
-        # The log of an exponential variable; Gumbel's is its negative. A uniform 0 gives -inf: never chosen.
-        noise.log_().neg_().log_()
+        noise = _uniform(start, part, *keys(seed))
+        noise.log_().neg_().log_()  # the log of an exponential variable; Gumbel's is its negative
         y = torch.sub(part * scale, noise).div_(temperature)
         yield start, torch.softmax(y, 0)
+
+
+def keys(seed: int) -> tuple[int, int]:
+    """Two numbers of 32 bits, with sign, by the mixing of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    x = seed + 0x9E3779B97F4A7C15 & (1 << 64) - 1
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
+    x ^= x >> 31
+    return _signed(x), _signed(x >> 32)
+
+
+def _signed(x: int) -> int:
+    return (x + (1 << 31) & (1 << 32) - 1) - (1 << 31)
+
+
+def _uniform(start: int, like: Tensor, first: int, second: int) -> Tensor:
+    """Numbers in (0, 1), the middles of 2^23 intervals: for each candidate and each group from `start` on."""
+    groups = torch.arange(start, start + like.shape[1], device=like.device).add_(first).to(torch.int32)
+    lanes = torch.tensor([[_signed(second + GOLDEN * i)] for i in range(len(like))], dtype=torch.int32)
+    bits = _mixed(_mixed(groups) ^ lanes.to(like.device))
+    return (bits >> 9).to(like.dtype).add_(0.5).mul_(2.0**-23).add_(0.5)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A hash of integers of 32 bits, in place: Wellons' hash-prospector, of low bias."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, _signed(0xD35A2D97)), (15, 1)):
+        x ^= (x >> shift).bitwise_and_((1 << 32 - shift) - 1)  # `>>` repeats the sign
+        if factor != 1:
+            x *= factor
+    return x

@@ -196,19 +196,37 @@ def _check(
     check_places(columns, starts, width)
 
 
-_PLACES: Any = WeakIdKeyDictionary()  # columns that have been looked at: with which starts, and in what version
+class Remembered:
+    """What was found out about columns and their starts, as long as neither changes.
+
+    Writes through `.data` or numpy are not seen, and nothing is remembered of inference tensors, which do not tell.
+    """
+
+    def __init__(self) -> None:
+        self._known: Any = WeakIdKeyDictionary()
+
+    def find(self, columns: Tensor, starts: Tensor, width: int) -> Any:
+        """What was kept for these, or None."""
+        known, state = self._known.get(columns), self._state(columns, starts, width)
+        return known[2] if state and known and known[0] is starts and known[1] == state else None
+
+    def keep(self, columns: Tensor, starts: Tensor, width: int, found: Any) -> None:
+        if state := self._state(columns, starts, width):
+            self._known[columns] = starts, state, found
+
+    def _state(self, columns: Tensor, starts: Tensor, width: int) -> tuple[int, ...] | None:
+        if columns.is_inference() or starts.is_inference():
+            return None
+        memory = (starts.data_ptr(), columns.data_ptr(), len(columns), len(starts))
+        return starts._version, columns._version, width, *memory
+
+
+_PLACES = Remembered()
 
 
 def check_places(columns: Tensor, starts: Tensor, width: int) -> None:
-    """Raises `IndexError` for places outside of the weight; looks once at tensors that do not change.
-
-    Writes through `.data` or numpy are not seen.
-    """
-    told = not (columns.is_inference() or starts.is_inference())
-    memory = (starts.data_ptr(), columns.data_ptr(), len(columns), len(starts))
-    seen = (starts, starts._version, columns._version, width, memory) if told else None
-    known = _PLACES.get(columns)
-    if seen and known and known[0] is starts and known[1:] == seen[1:]:
+    """Raises `IndexError` for places outside of the weight; looks once at tensors that do not change."""
+    if _PLACES.find(columns, starts, width):
         return
     ends = [int(starts[0]), int(starts[-1])]
     if ends != [0, len(columns)] or (len(starts) > 1 and int(starts.diff().min()) < 0):
@@ -217,8 +235,7 @@ def check_places(columns: Tensor, starts: Tensor, width: int) -> None:
         least, most = (int(each) for each in columns.aminmax())
         if least < 0 or most >= width:
             raise IndexError(f"columns are from {least} to {most}, the weight has {width}")
-    if seen:
-        _PLACES[columns] = seen
+    _PLACES.keep(columns, starts, width, True)
 
 
 def is_native(x: Tensor, kept: Tensor) -> bool:

@@ -157,6 +157,29 @@ def test_autocast(dtype: torch.dtype) -> None:
     close(y, F.linear(x.double(), weight.double() * mask, bias.double()), torch.bfloat16)
 
 
+@pytest.mark.parametrize("name", ["relu", "gelu", "silu"])
+def test_activations(name: str) -> None:
+    x, slope, weight, mask, bias = case(20, 33, 18, 16)
+    blocks = compressed_blocks(weight, mask, 16)
+    y = block_sparse_linear(x, *blocks, 18, bias, name)
+    expected = getattr(F, name)(F.linear(x.requires_grad_(), weight * mask, bias))
+    learned = block_sparse_linear(x, *blocks, 18, bias, activation=name)
+    assert torch.allclose(y, expected)
+    assert torch.allclose(learned, expected)
+    [found], [wanted] = (torch.autograd.grad(each, x, slope) for each in (learned, expected))
+    assert torch.allclose(found, wanted)
+    with torch.no_grad():
+        compiled = torch.compile(block_sparse_linear, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(x, *blocks, 18, bias, name), expected)
+    torch.library.opcheck(torch.ops.sparsity.blocks_activated, (x.detach(), *blocks, bias, 18, name))
+
+
+def test_other_activations_are_refused() -> None:
+    x, _, weight, mask, _ = case(2, 33, 18, 16)
+    with pytest.raises(ValueError, match="expected an activation of relu, gelu, silu or None, got 'tanh'"):
+        block_sparse_linear(x, *compressed_blocks(weight, mask, 16), 18, activation="tanh")
+
+
 FRESH = """
 import torch
 from sparsity.ops import compressed_blocks, block_sparse_linear
@@ -198,7 +221,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, Tensor], error: type[Exc
         "starts": torch.tensor([0, 1, 2]), "bias": torch.randn(20),
     } | change  # fmt: skip
     with pytest.raises(error, match=message):
-        block_sparse_linear(**given, out=20)
+        block_sparse_linear(**given, out=20)  # type: ignore[arg-type]  # none is the activation
 
 
 @pytest.mark.parametrize(("weight", "mask", "side", "message"), [

@@ -82,6 +82,46 @@ def test_seeds_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradcheck(lambda x: gumbel_nm_mask(x, 2, 4, 1.0, 1.0, 1)[::50], small)
 
 
+def test_noise_is_of_the_place_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = logits(2, 4, 1000, torch.float64)
+    whole = gumbel_nm_mask(start, 2, 4, 1.0, 1.0, 1)
+    part = gumbel_nm_mask(start[:, :70].contiguous(), 2, 4, 1.0, 1.0, 1)
+    torch.testing.assert_close(part, whole[:70])
+    torch.testing.assert_close(gumbel_nm_mask(start.float(), 2, 4, 1.0, 1.0, 1).double(), whole, rtol=0, atol=1e-5)
+    monkeypatch.setattr(module, "CHUNK", 600)
+    torch.testing.assert_close(gumbel_nm_mask(start, 2, 4, 1.0, 1.0, 1), whole)
+
+
+def hashed(x: int) -> int:
+    """Of 32 bits, in Python's integers."""
+    x = (x ^ x >> 16) * 0x21F0AAAD % 2**32
+    x = (x ^ x >> 15) * 0xD35A2D97 % 2**32
+    return x ^ x >> 15
+
+
+def test_uniform_numbers_by_pythons_integers() -> None:
+    for start in (0, 7, 2**31 - 2, 2**32 - 1):
+        found = module._uniform(start, torch.empty(6, 5), -3, 2**31 - 1)
+        for candidate in range(6):
+            for i in range(5):
+                bits = hashed(hashed((start + i - 3) % 2**32) ^ (2**31 - 1 + 0x9E3779B9 * candidate) % 2**32)
+                expected = ((bits - 2**32 * (bits >> 31) >> 9) + 0.5) / 2**23 + 0.5
+                assert float(found[candidate, i]) == expected
+                assert 0 < expected < 1
+
+
+def test_uniform_numbers_are_uniform_and_independent() -> None:
+    first, second = (module._uniform(0, torch.empty(6, 1 << 17), *module.keys(seed)).double() for seed in (1, 2))
+    bins = 256
+    for each in (first, second):
+        counts = (each.flatten() * bins).long().bincount(minlength=bins).double()
+        mean = each.numel() / bins
+        assert abs(float(((counts - mean) ** 2 / mean).sum()) - (bins - 1)) < 5 * math.sqrt(2 * bins)
+    pairs = [(first[0], first[1]), (first[0][1:], first[0][:-1]), (first[2], second[2]), (first[0][1:], second[0][:-1])]
+    for one, other in pairs:
+        assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 5 / math.sqrt(len(one))
+
+
 def test_best_mask_is_the_likeliest_candidate() -> None:
     start = logits(2, 4, 50)
     best = best_nm_mask(start, 2, 4)

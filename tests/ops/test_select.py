@@ -1,8 +1,12 @@
 from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch import distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from sparsity.ops import kth_largest, largest
 from sparsity.ops.select import CHUNK
@@ -217,3 +221,35 @@ def test_largest_of_none_and_of_all(shape: tuple[int, ...]) -> None:
 def test_largest_refuses_counts_out_of_range(count: int) -> None:
     with pytest.raises(ValueError, match=rf"k must lie in \[1, 6\], the number of elements; got k={count}$"):
         largest(torch.ones(2, 3), count)
+
+
+def tensors_of(process: int) -> list[Tensor]:
+    """What each of two processes has."""
+    every = torch.randn(60, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    return [every[45:]] if process else [every[:40], every[40:45]]
+
+
+def run(process: int, store: str) -> None:
+    """Raises where a process does not find the value that is k-th over both."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=process, world_size=2, timeout=timedelta(seconds=60)
+    )
+    group, ranks, both = dist.group.WORLD, (1, 2, 30, 59, 60), tensors_of(0) + tensors_of(1)
+    mine = tensors_of(process)
+    for dtype in DTYPES:
+        found = [kth_largest([each.to(dtype) for each in mine], k, group) for k in ranks]
+        expected = descending([each.to(dtype) for each in both])
+        assert found == [expected[k - 1] for k in ranks]
+    nothing: list[Tensor] = [] if process else mine
+    assert kth_largest(nothing, 45, group) == descending(tensors_of(0))[44]
+    with pytest.raises(ValueError, match=r"k must lie in \[1, 60\], the number of elements; got k=61"):
+        kth_largest(mine, 61, group)
+    with pytest.raises(ValueError, match=r"one dtype, got torch\.float32 and torch\.float64"):
+        kth_largest([each.float() if process else each for each in mine], 1, group)
+    dist.destroy_process_group()
+
+
+def test_a_process_group_shares_one_threshold(backend: str, tmp_path: Path) -> None:
+    if backend == "native":
+        pytest.skip("sums of histograms, whatever made them")
+    spawn(run, (str(tmp_path / "store"),), nprocs=2)  # type: ignore[no-untyped-call]  # torch's
