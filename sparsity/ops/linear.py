@@ -1,5 +1,6 @@
 """Linear layers by their kept weights only: the weight in compressed rows, in plain index and value tensors."""
 
+from collections.abc import Callable, Sequence
 from ctypes import c_int64, c_void_p
 from typing import Any
 
@@ -24,15 +25,20 @@ def compressed(weight: Tensor, mask: Tensor | None = None) -> Rows:
 
     Raises `ValueError` for anything but a matrix, and a mask of another shape.
     """
+    rows, columns = kept(weight, mask).nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(weight))
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return weight[rows, columns], columns.to(torch.int16 if weight.shape[1] <= NARROW else torch.int32), starts
+
+
+def kept(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """What is kept of a matrix: what the mask says, or else what is not zero; `ValueError` for what does not fit."""
     if weight.ndim != 2:
         raise ValueError(f"expected a matrix [out, in], got a tensor of shape {tuple(weight.shape)}")
     mask = weight != 0 if mask is None else mask
     if mask.shape != weight.shape or mask.dtype != torch.bool:
         raise ValueError(f"expected a bool mask of {tuple(weight.shape)}, got {mask.dtype} of {tuple(mask.shape)}")
-    rows, columns = mask.nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=len(weight))
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return weight[rows, columns], columns.to(torch.int16 if weight.shape[1] <= NARROW else torch.int32), starts
+    return mask
 
 
 def decompressed(values: Tensor, columns: Tensor, starts: Tensor, width: int) -> Tensor:
@@ -179,46 +185,65 @@ def _check(
     values: Tensor | None, columns: Tensor, starts: Tensor, x: Tensor | None, y: Tensor | None, width: int
 ) -> None:
     """Raises what the C++ would not survive."""
-    given = [each for each in (values, x, y) if each is not None]
-    if len({each.dtype for each in given}) > 1 or not given[0].is_floating_point():
-        raise ValueError(f"expected floating tensors of one dtype, got {', '.join(str(each.dtype) for each in given)}")
-    if len({each.device for each in (*given, columns, starts)}) > 1:
-        raise ValueError(f"expected tensors on one device, got {', '.join(str(e.device) for e in (*given, columns))}")
+    check_alike((values, x, y), columns, starts)
     if columns.dtype not in (torch.int16, torch.int32) or starts.dtype != torch.int64 or starts.ndim != 1:
         raise ValueError(f"expected columns of int16 or int32 and starts of int64, got {columns.dtype}, {starts.dtype}")
     if len(starts) < 1 or columns.ndim != 1 or (values is not None and values.shape != columns.shape):
         shape = tuple(values.shape) if values is not None else "as many"
         raise ValueError(f"expected as many values as columns, and starts, got {shape} and {tuple(columns.shape)}")
-    if y is not None and (y.ndim == 0 or y.shape[-1] != len(starts) - 1):
-        raise ValueError(f"expected [..., {len(starts) - 1}], one number for each row, got {tuple(y.shape)}")
-    if x is not None and y is not None and x.shape[:-1] != y.shape[:-1]:
-        raise ValueError(f"expected one batch, got {tuple(x.shape)} and {tuple(y.shape)}")
+    check_batch(x, y, len(starts) - 1)
     check_places(columns, starts, width)
 
 
-_PLACES: Any = WeakIdKeyDictionary()  # columns that have been looked at: with which starts, and in what version
+def check_alike(floats: Sequence[Tensor | None], *places: Tensor) -> None:
+    """Raises `ValueError` for numbers of several dtypes, or none that float, and for tensors on several devices."""
+    given = [each for each in floats if each is not None]
+    if len({each.dtype for each in given}) > 1 or not given[0].is_floating_point():
+        raise ValueError(f"expected floating tensors of one dtype, got {', '.join(str(each.dtype) for each in given)}")
+    if len({each.device for each in (*given, *places)}) > 1:
+        raise ValueError(f"expected tensors on one device, got {', '.join(str(e.device) for e in (*given, *places))}")
+
+
+def check_batch(x: Tensor | None, y: Tensor | None, out: int) -> None:
+    """Raises `ValueError` for a result that is not of the weight's rows, or of another batch than what goes in."""
+    if y is not None and (y.ndim == 0 or y.shape[-1] != out):
+        raise ValueError(f"expected [..., {out}], one number for each row, got {tuple(y.shape)}")
+    if x is not None and y is not None and x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(f"expected one batch, got {tuple(x.shape)} and {tuple(y.shape)}")
 
 
 def check_places(columns: Tensor, starts: Tensor, width: int) -> None:
-    """Raises `IndexError` for places outside of the weight; looks once at tensors that do not change.
+    """Raises `IndexError` for places outside of the weight; looks `once`."""
+
+    def look() -> None:
+        ends = [int(starts[0]), int(starts[-1])]
+        if ends != [0, len(columns)] or (len(starts) > 1 and int(starts.diff().min()) < 0):
+            raise IndexError(f"expected starts that rise from 0 to {len(columns)}, the number of columns, got {ends}")
+        if len(columns):
+            least, most = (int(each) for each in columns.aminmax())
+            if least < 0 or most >= width:
+                raise IndexError(f"columns are from {least} to {most}, the weight has {width}")
+
+    once(look, columns, starts, width)
+
+
+_SEEN: Any = WeakIdKeyDictionary()  # places that have been looked at: with which starts, and in what version
+
+
+def once(look: Callable[[], None], places: Tensor, starts: Tensor, *sizes: int) -> None:
+    """Calls this, which raises what places, starts and sizes have wrong, but once for tensors that do not change.
 
     Writes through `.data` or numpy are not seen.
     """
-    told = not (columns.is_inference() or starts.is_inference())
-    memory = (starts.data_ptr(), columns.data_ptr(), len(columns), len(starts))
-    seen = (starts, starts._version, columns._version, width, memory) if told else None
-    known = _PLACES.get(columns)
+    told = not (places.is_inference() or starts.is_inference())
+    memory = (starts.data_ptr(), places.data_ptr(), len(places), len(starts))
+    seen = (starts, starts._version, places._version, sizes, memory) if told else None
+    known = _SEEN.get(places)
     if seen and known and known[0] is starts and known[1:] == seen[1:]:
         return
-    ends = [int(starts[0]), int(starts[-1])]
-    if ends != [0, len(columns)] or (len(starts) > 1 and int(starts.diff().min()) < 0):
-        raise IndexError(f"expected starts that rise from 0 to {len(columns)}, the number of columns, got {ends}")
-    if len(columns):
-        least, most = (int(each) for each in columns.aminmax())
-        if least < 0 or most >= width:
-            raise IndexError(f"columns are from {least} to {most}, the weight has {width}")
+    look()
     if seen:
-        _PLACES[columns] = seen
+        _SEEN[places] = seen
 
 
 def is_native(x: Tensor, kept: Tensor) -> bool:
