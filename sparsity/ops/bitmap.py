@@ -55,8 +55,9 @@ def bitmap_linear(x: Tensor, values: Tensor, bits: Tensor, starts: Tensor, bias:
 
 @torch.library.custom_op("sparsity::bitmap", mutates_args=())
 def _bitmap(x: Tensor, values: Tensor, bits: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
-    out, width = len(starts) - 1, x.shape[-1]
+    width = x.shape[-1]
     _check(values, bits, starts, x, None, width, len(values))
+    out = len(starts) - 1
     if bias is not None and (bias.shape != (out,) or bias.dtype != x.dtype):
         raise ValueError(f"expected a bias of {out} {x.dtype}, got {tuple(bias.shape)} of {bias.dtype}")
     with torch.autocast(x.device.type, enabled=False):
