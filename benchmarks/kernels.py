@@ -113,11 +113,11 @@ def optimizers(size: int, sparsity: float) -> Row:
     """A step of AdamW alone on one weight: dense, with its masks by hand, by the sparsifier, and compact."""
     calls: dict[str, Callable[[], object]] = {}
     bytes_of: dict[str, int] = {}
-    for kind in ("dense", "masked by hand", "sparsifier", "compact"):
+    for kind in ("dense", "masked by hand", "sparsifier", "compact", "compact, fused"):
         net = nn.Linear(size, size, bias=False)
         [weight] = net.parameters()
-        adam: torch.optim.Optimizer = torch.optim.AdamW([weight], 1e-4)
-        adam = Compact(adam) if kind == "compact" else adam
+        adam: torch.optim.Optimizer = torch.optim.AdamW([weight], 1e-4, fused=True if "fused" in kind else None)
+        adam = Compact(adam) if "compact" in kind else adam
         sparsifier = Sparsifier(sparsity)
         sparsifier.attach(net, adam)
         weight.grad = torch.randn(size, size)
