@@ -14,6 +14,8 @@ from sparsity.ops import native
 WORK = 1 << 12  # products that C++ is compiled for: the dense matrix is made in less time than it takes to call it
 NARROW = 1 << 15  # input features that columns of int16 can name
 
+WIDE = (torch.float32, torch.float64)
+
 Rows = tuple[Tensor, Tensor, Tensor]  # values, columns, starts
 
 
@@ -260,6 +262,8 @@ def flattened(tensor: Tensor) -> Tensor:
 
 def wide(tensor: Tensor) -> Tensor:
     """Contiguous, in float32 or float64."""
+    if tensor.dtype in WIDE and tensor.is_contiguous():
+        return tensor  # three calls less: small batches feel them
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
 
 
