@@ -118,7 +118,7 @@ def summary(advice: Row) -> "Group":
         "pays from: the density at which random masks begin to, as SparseLinear",
     ]
     if any("ShrunkLinear" in row["forms"] for row in advice["layers"]):
-        lines.append("ShrunkLinear copies its inputs and outputs: a chain is faster by sparsity.shrink, which does not")
+        lines.append("ShrunkLinear copies its inputs and outputs: in a chain of layers, sparsity.shrink saves that")
     if advice["others"]:
         lines.append(f"dense in any case: {', '.join(advice['others'])}")
     return Group(table, *map(escape, lines))

@@ -115,8 +115,8 @@ class BlockSparseLinear(KeptLinear):
 class ShrunkLinear(KeptLinear):
     """A dense matrix of the outputs and inputs that keep anything: what is left of pruned neurons.
 
-    Weights that are pruned within it stay zero in training. What it costs beside the smaller product is to pick its
-    inputs and to put its outputs in their places; where the layers around it can do without these, `shrink` is faster.
+    Weights that are pruned within it are masked in training, and stay zero. Beside the smaller product it costs to pick
+    its inputs and to put its outputs in their places, which `shrink` saves where the layers around it can be smaller too.
     """
 
     rows: Tensor
