@@ -116,7 +116,7 @@ class ShrunkLinear(KeptLinear):
     """A dense matrix of the outputs and inputs that keep anything: what is left of pruned neurons.
 
     Weights that are pruned within it are masked in training, and stay zero. Beside the smaller product it costs to pick
-    its inputs and to put its outputs in their places, which `shrink` saves where the layers around it can be smaller too.
+    its inputs and to put its outputs in their places, which `shrink` saves where the layers around it can shrink, too.
     """
 
     rows: Tensor
