@@ -24,7 +24,16 @@ from sparsity import Sparsifier, advice, models
 from sparsity.compact import Compact
 from sparsity.convert import to_sparse
 from sparsity.distributions import Uniform
-from sparsity.ops import block_sparse_linear, compressed, compressed_blocks, kth_largest, native, sparse_linear
+from sparsity.ops import (
+    bitmap_linear,
+    block_sparse_linear,
+    compressed,
+    compressed_bitmap,
+    compressed_blocks,
+    kth_largest,
+    native,
+    sparse_linear,
+)
 
 RESULTS = Path(__file__).parent / "results" / "kernels_cpu.json"
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
@@ -83,6 +92,23 @@ def layer(size: int, batch: int, density: float) -> Row:
     }  # fmt: skip
 
 
+def bitmap(size: int, batch: int, density: float) -> Row:
+    """The forward pass of the same layer as a bitmap, in float32 and bfloat16, beside compressed rows."""
+    weight = torch.randn(size, size) * (torch.rand(size, size) < density)
+    x, rows, bits = torch.randn(batch, size), compressed(weight), compressed_bitmap(weight)
+    narrow, narrow_x, narrow_bits = weight.bfloat16(), x.bfloat16(), (bits[0].bfloat16(), *bits[1:])
+    with torch.no_grad():
+        found = medians({
+            "dense": lambda: F.linear(x, weight), "rows": lambda: sparse_linear(x, *rows),
+            "bitmap": lambda: bitmap_linear(x, *bits), "dense, bfloat16": lambda: F.linear(narrow_x, narrow),
+            "bitmap, bfloat16": lambda: bitmap_linear(narrow_x, *narrow_bits),
+        })  # fmt: skip
+    return {
+        "size": size, "batch": batch, "density": density, "ms": found, "forward": found["dense"] / found["bitmap"],
+        "forward, bfloat16": found["dense, bfloat16"] / found["bitmap, bfloat16"],
+    }  # fmt: skip
+
+
 def blocks(size: int, batch: int, side: int, density: float) -> Row:
     """The same layer in blocks."""
     cells = torch.rand(size // side, size // side) < density
@@ -113,11 +139,11 @@ def optimizers(size: int, sparsity: float) -> Row:
     """A step of AdamW alone on one weight: dense, with its masks by hand, by the sparsifier, and compact."""
     calls: dict[str, Callable[[], object]] = {}
     bytes_of: dict[str, int] = {}
-    for kind in ("dense", "masked by hand", "sparsifier", "compact"):
+    for kind in ("dense", "masked by hand", "sparsifier", "compact", "compact, fused"):
         net = nn.Linear(size, size, bias=False)
         [weight] = net.parameters()
-        adam: torch.optim.Optimizer = torch.optim.AdamW([weight], 1e-4)
-        adam = Compact(adam) if kind == "compact" else adam
+        adam: torch.optim.Optimizer = torch.optim.AdamW([weight], 1e-4, fused=True if "fused" in kind else None)
+        adam = Compact(adam) if "compact" in kind else adam
         sparsifier = Sparsifier(sparsity)
         sparsifier.attach(net, adam)
         weight.grad = torch.randn(size, size)
@@ -245,6 +271,7 @@ def main() -> None:
         "torch": torch.__version__, "threads": torch.get_num_threads(), "native": native.library() is not None,
         "capability": torch.backends.cpu.get_cpu_capability(), "selection": selection(50_000_000),
         "layers": [layer(*case) for case in track(cases, "layers")],
+        "bitmap": [bitmap(4096, batch, d) for batch in (1, 4, 32) for d in (0.5, 0.2, 0.1)],
         "blocks": [blocks(4096, 256, side, d) for side in (16, 32, 64, 128) for d in (0.5, 0.2, 0.1)],
         "optimizers": [optimizers(2048, s) for s in (0.9, 0.95)], "masked": masked_network(0.9),
         "networks": [network(name, s) for name in ("MLP", "GPT") for s in (0.9, 0.95)],
@@ -253,7 +280,7 @@ def main() -> None:
     print(json.dumps(result["selection"]))
     for what in ("forward", "step"):
         print(f"{what}\n{layers_table(result['layers'], what)}")
-    for row in [*result["blocks"], *result["optimizers"], result["masked"], *result["networks"]]:
+    for row in [*result["bitmap"], *result["blocks"], *result["optimizers"], result["masked"], *result["networks"]]:
         print(json.dumps(row))
 
 

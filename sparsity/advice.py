@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsity.convert import KeptLinear, SparseLinear, kept_linear, linear_layers, mask_of, to_sparse
+from sparsity.convert import Form, SparseLinear, forms_of, kept_linear, linear_layers, mask_of, to_sparse
 from sparsity.errors import InputError
 from sparsity.masks import Masks
 
@@ -24,13 +24,15 @@ Call = Callable[[], object]
 
 
 def advise(model: nn.Module, inputs: Sequence[Any], masks: Masks | None = None, seconds: float = 0.2) -> Row:
-    """What each linear layer takes, dense and by its kept weights, at the shapes that it meets; and the whole model.
+    """What each linear layer takes, dense and in every form of its kept weights, at the shapes that it meets.
 
-    `layers`: for each, by name, the form of its kept weights, its shape, its density, the rows of its inputs,
-    milliseconds of the forward pass and of forward and backward, the density from which on random masks of single
-    weights pay there (None where none tried did), and the verdict: "sparse" or "stay dense". `model`: the same for the
-    whole model, with the layers that are worth it exchanged: its forward pass, and `step`, forward and backward from
-    the sum of its outputs. Where nothing is trained `step` is None.
+    `layers`: for each, by name, its shape, its density, the rows of its inputs; `forms`, for "dense" and each class of
+    `sparsity.convert` that can hold what it keeps, milliseconds and how many times as fast as dense they are, `forward`
+    and in a `step`, forward and backward; the `best` form for each of the two, "dense" where none is worth it; the
+    verdict: "sparse", "sparse to serve", "sparse to train" or "stay dense"; and the density from which on
+    `SparseLinear` pays there for random masks (None where none tried did). `model`: the whole of it with the best form
+    of each layer for the forward pass, and with those for the step, which goes back from the sum of its outputs. Where
+    nothing is trained `step` is None.
 
     Kept is what the masks keep, or what is not zero. Times are medians of calls in turn, `seconds` for each.
     """
@@ -38,25 +40,43 @@ def advise(model: nn.Module, inputs: Sequence[Any], masks: Masks | None = None, 
     seen = _shapes(model, inputs)
     known: dict[Any, float | None] = {}
     rows = []
+    chosen: dict[str, dict[str, Form]] = {"forward": {}, "step": {}}
     for name, (layer, x) in seen.items():
         mask = mask_of(name, layer, masks)
-        density = float(mask.float().mean())
         key = (layer.weight.shape, x.shape)
         if key not in known:
             known[key] = break_even(layer, x, seconds)
-        kept = kept_linear(layer, mask)
-        found = _beside(layer, kept, x, seconds)
+        made = {form.__name__: form for form in forms_of(layer.weight, mask)}
+        found = _beside(layer, {each: kept_linear(layer, mask, form) for each, form in made.items()}, x, seconds)
+        best = {what: _best(found, what) for what in chosen}
+        for what, form in best.items():
+            if form in made:
+                chosen[what][name] = made[form]
         rows.append({
-            "layer": name, "form": type(kept).__name__, "shape": list(layer.weight.shape), "density": density,
-            "rows": x.numel() // max(1, x.shape[-1]), **found, "pays_from": known[key],
-            "verdict": "sparse" if min(found["forward"], found["step"] or MARGIN) >= MARGIN else "stay dense",
+            "layer": name, "shape": list(layer.weight.shape), "density": float(mask.float().mean()),
+            "rows": x.numel() // max(1, x.shape[-1]), "forms": found, "best": best, "verdict": _verdict(best),
+            "pays_from": known[key],
         })  # fmt: skip
-    worth = [row["layer"] for row in rows if row["verdict"] == "sparse"]
-    whole = _whole(model, to_sparse(model, masks, only=worth), inputs, seconds)
+    served, trained = (to_sparse(model, masks, forms=forms) for forms in chosen.values())
     return {
         "device": str(next(model.parameters()).device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "layers": rows, "model": whole, "others": _others(model, seen),
+        "layers": rows, "model": _whole(model, served, trained, inputs, seconds), "others": _others(model, seen),
     }  # fmt: skip
+
+
+def _best(forms: Row, what: str) -> str | None:
+    """The form that is worth it for the forward pass, or a step; None where there is no step."""
+    if forms["dense"][what] is None:
+        return None
+    found = max(forms, key=lambda name: float(forms[name][what]))
+    return found if forms[found][what] >= MARGIN else "dense"
+
+
+def _verdict(best: dict[str, str | None]) -> str:
+    serves, trains = best["forward"] != "dense", best["step"] != "dense"
+    if best["step"] is None or serves == trains:
+        return "sparse" if serves else "stay dense"
+    return "sparse to serve" if serves else "sparse to train"
 
 
 def break_even(layer: nn.Linear, x: Tensor, seconds: float = 0.2) -> float | None:
@@ -64,7 +84,7 @@ def break_even(layer: nn.Linear, x: Tensor, seconds: float = 0.2) -> float | Non
     last: tuple[float, float] | None = None
     for density in DENSITIES:
         mask = torch.rand_like(layer.weight, dtype=torch.float32) < density
-        found = _beside(layer, SparseLinear(layer.weight, layer.bias, mask), x, seconds)
+        found = _beside(layer, {"sparse": kept_linear(layer, mask, SparseLinear)}, x, seconds)["sparse"]
         ratio = found["step"] or found["forward"]
         if ratio >= 1:
             if last is None:
@@ -78,74 +98,104 @@ def break_even(layer: nn.Linear, x: Tensor, seconds: float = 0.2) -> float | Non
 def summary(advice: Row) -> "Group":
     """A table of the layers, and what it comes to, for a terminal."""
     from rich.console import Group
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("layer", "weight, inputs", "density", "dense, ms", "forward", "step", "pays from", "verdict")
-    table.columns[0].overflow, table.columns[-1].no_wrap = "fold", True
+    table = Table("layer", "form", "forward, ms", "step, ms", "verdict", show_lines=True)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:4]:
+        column.no_wrap = True
     for row in advice["layers"]:
-        pays = "-" if row["pays_from"] is None else f"{row['pays_from']:.3f}"
-        table.add_row(
-            row["layer"], f"{row['shape'][0]} x {row['shape'][1]}, {row['rows']}", f"{row['density']:.3f}",
-            f"{row['ms'].get('dense_step', row['ms']['dense']):.2f}", f"{row['forward']:.2f}x",
-            "-" if row["step"] is None else f"{row['step']:.2f}x", pays, row["verdict"],
-        )  # fmt: skip
+        pays = "" if row["pays_from"] is None else f"\npays from {row['pays_from']:.3f}"
+        about = f"{row['shape'][0]} x {row['shape'][1]}\n{row['rows']} rows\ndensity {row['density']:.3f}{pays}"
+        cells = ["\n".join(_cell(row, form, what) for form in row["forms"]) for what in ("forward", "step")]
+        table.add_row(f"{escape(row['layer'])}\n{about}", "\n".join(row["forms"]), *cells, row["verdict"])
     whole = advice["model"]
     step = "" if whole["step"] is None else f", forward and backward {whole['step']:.2f}x"
-    worth = sum(row["verdict"] == "sparse" for row in advice["layers"])
     lines = [
-        f"the whole model with {worth} sparse layers: forward {whole['forward']:.2f}x{step} as fast as dense",
+        f"the whole model in the best forms: forward {whole['forward']:.2f}x{step} as fast as dense",
         f"on {advice['device']}, {advice['threads']} threads, torch {advice['torch']}",
+        "pays from: the density at which random masks begin to, as SparseLinear",
     ]
+    if any("ShrunkLinear" in row["forms"] for row in advice["layers"]):
+        lines.append("ShrunkLinear copies its inputs and outputs: in a chain of layers, sparsity.shrink saves that")
     if advice["others"]:
         lines.append(f"dense in any case: {', '.join(advice['others'])}")
-    return Group(table, *lines)
+    return Group(table, *map(escape, lines))
+
+
+def _cell(row: Row, form: str, what: str) -> str:
+    """A form's milliseconds and ratio; in bold where it is the best."""
+    found = row["forms"][form]
+    if found[what] is None:
+        return "-"
+    text = f"{found['ms'][what]:.3f}" + ("" if form == "dense" else f" {found[what]:5.2f}x")
+    return f"[bold]{text}[/bold]" if form == row["best"][what] else text
 
 
 def figure(advice: Row) -> "Figure":
-    """How much faster each layer is by its kept weights, beside 1 for dense. Needs matplotlib (the `viz` extra)."""
+    """How many times as fast as dense each layer is in each form. Needs matplotlib (the `viz` extra)."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     rows = advice["layers"]
-    picture = Figure(figsize=(8, 1.5 + 0.45 * len(rows)), layout="constrained")
-    axes = picture.add_subplot()
-    places = range(len(rows))
-    for offset, what, colour in ((-0.2, "forward", "#4477aa"), (0.2, "step", "#cc6677")):
-        lengths = [row[what] or 0 for row in rows]
-        bars = axes.barh([p + offset for p in places], lengths, 0.38, color=colour, label=what)
-        axes.bar_label(bars, [f"{each:.2f}" if each else "" for each in lengths], padding=3, fontsize=8)
-    axes.axvline(1, color="black", linestyle="--", linewidth=1)
-    axes.set_yticks(list(places), [f"{row['layer']} ({row['density']:.2f})" for row in rows])
-    axes.set(
-        xlabel="times as fast as dense", xlim=(0, 1.15 * max(max(row["forward"], row["step"] or 0, 1) for row in rows))
-    )
+    names = list(dict.fromkeys(name for row in rows for name in row["forms"] if name != "dense"))
+    colours = dict(zip(names, ("#4477aa", "#cc6677", "#ddaa33", "#228833", "#aa3377"), strict=False))
+    bars = [
+        (layer, row["forms"][name], name) for layer, row in enumerate(rows) for name in names if name in row["forms"]
+    ]
+    places = [at + layer for at, (layer, *_) in enumerate(bars)]  # one is free between layers
+    picture = Figure(figsize=(9, 1.6 + 0.24 * (len(bars) + len(rows))), layout="constrained")
+    panels = [what for what in ("forward", "step") if any(row["forms"]["dense"][what] is not None for row in rows)]
+    for axes, what in zip(picture.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        lengths = [form[what] or 0 for _, form, _ in bars]
+        drawn = axes.barh(places, lengths, 0.85, color=[colours[name] for *_, name in bars])
+        axes.bar_label(drawn, [f"{each:.2f}" if each else "" for each in lengths], padding=3, fontsize=8)
+        axes.axvline(1, color="black", linestyle="--", linewidth=1)
+        axes.set(title=what, xlabel="times as fast as dense", xlim=(0, 1.18 * max(1, *lengths)))
+        axes.spines[["top", "right"]].set_visible(False)
+    centres = [
+        statistics.mean(place for place, (layer, *_) in zip(places, bars, strict=True) if layer == mine)
+        for mine in range(len(rows))
+    ]
+    axes = picture.axes[0]
+    axes.set_yticks(centres, [f"{row['layer']}\ndensity {row['density']:.2f}" for row in rows])
+    axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    picture.legend(handles=handles, loc="outside lower center", ncols=len(names), frameon=False)
     return picture
 
 
-def _beside(dense: nn.Linear, sparse: KeptLinear, x: Tensor, seconds: float) -> Row:
-    calls = {"dense": _forward(dense, x), "sparse": _forward(sparse, x)}
-    trains = x.requires_grad or dense.weight.requires_grad
-    if trains:
-        sparse.values.requires_grad_(dense.weight.requires_grad)
-        calls |= {"dense_step": _step(dense, x), "sparse_step": _step(sparse, x)}
-    ms = medians(calls, x.device, seconds)
-    step = ms["dense_step"] / ms["sparse_step"] if trains else None
-    return {"ms": ms, "forward": ms["dense"] / ms["sparse"], "step": step}
+def _beside(dense: nn.Linear, others: dict[str, nn.Module], x: Tensor, seconds: float) -> dict[str, Row]:
+    """Milliseconds of the dense layer and others, and how many times as fast as it they are."""
+    layers = {"dense": dense, **others}
+    forward = medians({name: _forward(layer, x) for name, layer in layers.items()}, x.device, seconds)
+    if not x.requires_grad and not dense.weight.requires_grad:
+        return {
+            name: {"ms": {"forward": ms, "step": None}, "forward": forward["dense"] / ms, "step": None}
+            for name, ms in forward.items()
+        }
+    step = medians({name: _step(layer, x) for name, layer in layers.items()}, x.device, seconds)
+    return {
+        name: {
+            "ms": {"forward": forward[name], "step": step[name]}, "forward": forward["dense"] / forward[name],
+            "step": step["dense"] / step[name],
+        }
+        for name in layers
+    }  # fmt: skip
 
 
-def _whole(dense: nn.Module, sparse: nn.Module, inputs: Sequence[Any], seconds: float) -> Row:
+def _whole(dense: nn.Module, served: nn.Module, trained: nn.Module, inputs: Sequence[Any], seconds: float) -> Row:
     device = next(dense.parameters()).device
-    calls = {"dense": _all(dense, inputs), "sparse": _all(sparse, inputs)}
-    ms = medians(calls, device, 5 * seconds)
-    step = None
+    ms: dict[str, Any] = {
+        "forward": medians({"dense": _all(dense, inputs), "sparse": _all(served, inputs)}, device, 5 * seconds),
+        "step": None,
+    }
     if any(each.requires_grad for each in _tensors(dense(*inputs))):
-        ms |= medians(
-            {"dense_step": _all_back(dense, inputs), "sparse_step": _all_back(sparse, inputs)}, device, 5 * seconds
-        )
-        step = ms["dense_step"] / ms["sparse_step"]
-    return {"ms": ms, "forward": ms["dense"] / ms["sparse"], "step": step}
+        calls = {"dense": _all_back(dense, inputs), "sparse": _all_back(trained, inputs)}
+        ms["step"] = medians(calls, device, 5 * seconds)
+    return {"ms": ms} | {what: each and each["dense"] / each["sparse"] for what, each in ms.items()}
 
 
 def medians(calls: dict[str, Call], device: torch.device, seconds: float) -> dict[str, float]:

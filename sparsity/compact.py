@@ -173,13 +173,14 @@ class Kept:
         self.values = Parameter(weight.detach().reshape(-1)[self.places], weight.requires_grad)
 
     def gather(self, weight: Parameter) -> None:
-        torch.index_select(weight.detach().reshape(-1), 0, self.places, out=self.values.detach())
+        # `take` runs on all cores where `index_select` runs on one.
+        torch.take(weight.detach(), self.places, out=self.values.detach())
         if weight.grad is None:
             self.values.grad = None
         elif self.values.grad is None:
-            self.values.grad = weight.grad.reshape(-1)[self.places]
+            self.values.grad = torch.take(weight.grad, self.places)
         else:
-            torch.index_select(weight.grad.reshape(-1), 0, self.places, out=self.values.grad)
+            torch.take(weight.grad, self.places, out=self.values.grad)
 
     def scatter(self, weight: Parameter) -> None:
         if weight.is_contiguous():

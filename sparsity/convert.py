@@ -2,16 +2,18 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparsity.errors import InputError
 from sparsity.masks import Masks
-from sparsity.ops import block_sparse_linear, semi_sparse_linear, sparse_linear
+from sparsity.ops import bitmap_linear, block_sparse_linear, semi_sparse_linear, sparse_linear
+from sparsity.ops.bitmap import compressed_bitmap, decompressed_bitmap
 from sparsity.ops.blocks import SIDES, compressed_blocks, decompressed_blocks, in_blocks
-from sparsity.ops.linear import Rows, compressed, decompressed
+from sparsity.ops.linear import compressed, decompressed
 from sparsity.ops.semi import has_kernels, is_semi_sparse
 
 
@@ -22,18 +24,13 @@ class KeptLinear(nn.Module):
     """
 
     values: nn.Parameter
-    columns: Tensor
-    starts: Tensor
 
-    def __init__(self, weight: Tensor, rows: Rows, bias: Tensor | None = None, mask: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, values: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
         super().__init__()
         self.kept = int((weight if mask is None else mask).count_nonzero())
         self.out_features, self.in_features = weight.shape
-        values, columns, starts = rows
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.register_buffer("columns", columns)
-        self.register_buffer("starts", starts)
 
     @property
     def density(self) -> float:
@@ -53,8 +50,14 @@ class KeptLinear(nn.Module):
 class SparseLinear(KeptLinear):
     """Single weights, by `ops.sparse_linear`."""
 
+    columns: Tensor
+    starts: Tensor
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> None:
-        super().__init__(weight, compressed(weight.detach(), mask), bias, mask)
+        values, columns, starts = compressed(weight.detach(), mask)
+        super().__init__(weight, values, bias, mask)
+        self.register_buffer("columns", columns)
+        self.register_buffer("starts", starts)
 
     @property
     def weight(self) -> Tensor:
@@ -65,11 +68,41 @@ class SparseLinear(KeptLinear):
         return sparse_linear(x, self.values, self.columns, self.starts, self.bias)
 
 
-class BlockSparseLinear(KeptLinear):
-    """Square blocks of weights, by `ops.block_sparse_linear`."""
+class BitmapLinear(KeptLinear):
+    """Single weights with a bit for each place, by `ops.bitmap_linear`: for serving where more are kept."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, side: int = 32) -> None:
-        super().__init__(weight, compressed_blocks(weight.detach(), mask, side), bias, mask)
+    bits: Tensor
+    starts: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> None:
+        values, bits, starts = compressed_bitmap(weight.detach(), mask)
+        super().__init__(weight, values, bias, mask)
+        self.register_buffer("bits", bits)
+        self.register_buffer("starts", starts)
+
+    @property
+    def weight(self) -> Tensor:
+        return decompressed_bitmap(self.values, self.bits, self.starts, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        return bitmap_linear(x, self.values, self.bits, self.starts, self.bias)
+
+
+class BlockSparseLinear(KeptLinear):
+    """Square blocks of weights, by `ops.block_sparse_linear`: the largest that the mask is made of, or of this side."""
+
+    columns: Tensor
+    starts: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, side: int | None = None
+    ) -> None:
+        side = side or side_of(weight != 0 if mask is None else mask) or SIDES[0]
+        values, columns, starts = compressed_blocks(weight.detach(), mask, side)
+        super().__init__(weight, values, bias, mask)
+        self.register_buffer("columns", columns)
+        self.register_buffer("starts", starts)
 
     @property
     def weight(self) -> Tensor:
@@ -108,17 +141,79 @@ class SemiSparseLinear(nn.Linear):
         return semi_sparse_linear(x, self.weight, self.bias, self.mask)
 
 
-def kept_linear(layer: nn.Linear, mask: Tensor) -> KeptLinear:
-    """The layer by what its mask keeps: by the largest blocks that the mask is made of, or else by single weights.
+class ShrunkLinear(KeptLinear):
+    """A dense matrix of the outputs and inputs that keep anything: what is left of pruned neurons.
+
+    Weights that are pruned within it are masked in training, and stay zero. Beside the smaller product it costs to pick
+    its inputs and to put its outputs in their places, which `shrink` saves where the layers around it can shrink, too.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    inside: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> None:
+        kept = weight != 0 if mask is None else mask
+        rows, columns = kept.any(1).nonzero().squeeze(1), kept.any(0).nonzero().squeeze(1)
+        inside = kept[rows][:, columns]
+        super().__init__(weight, weight.detach()[rows][:, columns].where(inside, 0), bias, mask)
+        self.register_buffer("rows", rows)
+        self.register_buffer("columns", columns)
+        self.register_buffer("inside", None if inside.all() else inside)
+
+    @property
+    def weight(self) -> Tensor:
+        empty = self.values.new_zeros(self.out_features, self.in_features)
+        return empty.index_put((self.rows[:, None], self.columns), self._values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        if len(self.columns) < self.in_features:
+            x = x.index_select(-1, self.columns)
+        if len(self.rows) == self.out_features:
+            return F.linear(x, self._values(), self.bias)
+        y = F.linear(x, self._values(), None if self.bias is None else self.bias[self.rows])
+        out = y.new_zeros(*y.shape[:-1], self.out_features) if self.bias is None else self.bias.to(y.dtype)
+        return out.expand(*y.shape[:-1], -1).index_copy(-1, self.rows, y)
+
+    def _values(self) -> Tensor:
+        """The matrix, of which gradients reach what is kept only."""
+        return self.values if self.inside is None or not torch.is_grad_enabled() else self.values * self.inside
+
+
+Kept = KeptLinear | SemiSparseLinear
+Form = Callable[[Tensor, Tensor | None, Tensor | None], Kept]  # a layer of weight, bias and mask
+
+
+def side_of(mask: Tensor) -> int | None:
+    """The side of the largest blocks that a mask is made of; None where it is not made of any.
 
     Blocks that mostly lie beyond the weight are not taken: what they hold may exceed what is kept by a quarter.
     """
     for side in reversed(SIDES):
-        if in_blocks(mask, side):
-            found = BlockSparseLinear(layer.weight, layer.bias, mask, side)
-            if found.values.numel() <= 1.25 * found.kept:
-                return found
-    return SparseLinear(layer.weight, layer.bias, mask)
+        blocks = mask[::side, ::side].count_nonzero() if in_blocks(mask, side) else None
+        if blocks is not None and int(blocks) * side**2 <= 1.25 * int(mask.count_nonzero()):
+            return side
+    return None
+
+
+def form_of(weight: Tensor, mask: Tensor, density: float) -> Form | None:
+    """The layer that `to_sparse` takes for a weight; None where that stays dense."""
+    if int(mask.count_nonzero()) <= density * mask.numel():
+        return BlockSparseLinear if side_of(mask) else SparseLinear
+    return SemiSparseLinear if has_kernels(weight) and is_semi_sparse(mask) else None
+
+
+def forms_of(weight: Tensor, mask: Tensor) -> list[Form]:
+    """The layers that can hold what a mask keeps."""
+    found: list[Form] = [SparseLinear, BitmapLinear]
+    if side_of(mask):
+        found.append(BlockSparseLinear)
+    if has_kernels(weight) and is_semi_sparse(mask):
+        found.append(SemiSparseLinear)
+    if not bool(mask.any(0).all() and mask.any(1).all()):
+        found.append(ShrunkLinear)
+    return found
 
 
 def mask_of(name: str, layer: nn.Linear, masks: Masks | None) -> Tensor:
@@ -128,36 +223,36 @@ def mask_of(name: str, layer: nn.Linear, masks: Masks | None) -> Tensor:
 
 
 def to_sparse(
-    module: nn.Module, masks: Masks | None = None, density: float = 0.2, only: Collection[str] | None = None
+    module: nn.Module,
+    masks: Masks | None = None,
+    density: float = 0.2,
+    forms: Mapping[str, Form] | None = None,
 ) -> nn.Module:
-    """A copy of the module whose linear layers of at most this density hold kept weights, or `only` these, by name.
+    """A copy of the module whose linear layers of at most this density hold kept weights.
 
-    They become `BlockSparseLinear` where a mask is made of blocks, and `SparseLinear` where it is not.
+    They become `BlockSparseLinear` where a mask is made of blocks, and `SparseLinear` where it is not. With `forms`
+    these layers, by name, and no others, take the form that it says: `{"fc1": BitmapLinear}`.
 
     Kept is what the masks keep, by the weight's name, or else what is not zero. Layers above the density become
     `SemiSparseLinear` where masks are 2:4 and the device has kernels for that; else they stay as they are, because
     there a dense product is faster on most processors; `train.py advise` measures it. Only those of `linear_layers` are
-    exchanged, and their hooks stay behind. Raises `InputError` for a density outside (0, 1].
+    exchanged, and their hooks stay behind. Raises `InputError` for a density outside (0, 1] and for forms of what is no
+    such layer.
     """
     if not 0 < density <= 1:
         raise InputError(f"density={density} is the kept part of a layer's weights, up to which it pays, in (0, 1]")
     names = linear_layers(module)
+    for name in forms or ():
+        if name not in names:
+            raise InputError(f"forms name {name!r}, which is none of the linear layers: {', '.join(names) or 'none'}")
 
     def sparse(name: str, layer: nn.Module) -> nn.Module:
-        if name not in names or (only is not None and name not in only):
+        if name not in names or (forms is not None and name not in forms):
             return layer
         layer = names[name]
         mask = mask_of(name, layer, masks)
-        found: KeptLinear | SemiSparseLinear
-        if int(mask.count_nonzero()) <= density * mask.numel():
-            found = kept_linear(layer, mask)
-        elif has_kernels(layer.weight) and is_semi_sparse(mask):
-            found = SemiSparseLinear(layer.weight, layer.bias, mask)
-        elif only is None:
-            return layer
-        else:
-            found = kept_linear(layer, mask)
-        return _trained_as(layer, found)
+        form = form_of(layer.weight, mask, density) if forms is None else forms[name]
+        return layer if form is None else kept_linear(layer, mask, form)
 
     return _replaced(module, sparse)
 
@@ -175,12 +270,18 @@ def to_semi_sparse(module: nn.Module, only: Collection[str] | None = None) -> nn
     def semi(name: str, layer: nn.Module) -> nn.Module:
         if name not in names or (only is not None and name not in only):
             return layer
-        return _trained_as(names[name], SemiSparseLinear(names[name].weight, names[name].bias))
+        layer = names[name]
+        return _trained_as(layer, SemiSparseLinear(layer.weight, layer.bias))
 
     return _replaced(module, semi)
 
 
-def _trained_as(layer: nn.Linear, found: KeptLinear | SemiSparseLinear) -> nn.Module:
+def kept_linear(layer: nn.Linear, mask: Tensor, form: Form) -> Kept:
+    """The layer by what its mask keeps, in this form; what is frozen stays so."""
+    return _trained_as(layer, form(layer.weight, layer.bias, mask))
+
+
+def _trained_as(layer: nn.Linear, found: Kept) -> Kept:
     """The layer found, in the other one's mode, and frozen where that is."""
     (found.values if isinstance(found, KeptLinear) else found.weight).requires_grad_(layer.weight.requires_grad)
     if found.bias is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import train
 from sparsity import InputError, advice, models
-from sparsity.convert import KeptLinear, SparseLinear
+from sparsity.convert import BitmapLinear, KeptLinear, SparseLinear
 
 
 class Net(nn.Module):
@@ -34,9 +34,14 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Times that the test sets: of sparse layers in parts of dense ones, by density."""
     times = {"step": 1.0}
 
-    def beside(dense: nn.Linear, sparse: KeptLinear, x: Tensor, seconds: float) -> dict[str, Any]:
-        ratio = 0.2 / max(sparse.density, 1e-9)  # a fifth of the weights takes as long as all of them
-        return {"ms": {"dense": 1.0, "dense_step": 3.0}, "forward": 2 * ratio, "step": ratio * times["step"]}
+    def beside(dense: nn.Linear, others: dict[str, KeptLinear], x: Tensor, seconds: float) -> dict[str, Any]:
+        found = {"dense": {"ms": {"forward": 1.0, "step": 3.0}, "forward": 1.0, "step": 1.0}}
+        for name, layer in others.items():
+            ratio = 0.2 / max(layer.density, 1e-9)  # a fifth of the weights takes as long as all of them
+            forward = 1.5 if isinstance(layer, BitmapLinear) else 2 * ratio
+            step = ratio * times["step"] if isinstance(layer, SparseLinear) else 0.5
+            found[name] = {"ms": {"forward": 1 / forward, "step": 3 / step}, "forward": forward, "step": step}
+        return found
 
     monkeypatch.setattr(advice, "_beside", beside)
     return times
@@ -52,23 +57,57 @@ def test_it_measures_every_layer_that_is_called() -> None:
     assert found["layers"][1]["density"] == 1.0
     assert found["layers"][0]["density"] == int(net.first.weight.count_nonzero()) / 512
     assert found["others"] == ["conv", "unused"]
+    assert [list(row["forms"]) for row in found["layers"]] == [
+        ["dense", "SparseLinear", "BitmapLinear", "ShrunkLinear"],
+        ["dense", "SparseLinear", "BitmapLinear", "BlockSparseLinear"],
+    ]  # fmt: skip
     for row in found["layers"]:
-        assert row["forward"] == row["ms"]["dense"] / row["ms"]["sparse"]
-        assert (row["verdict"] == "sparse") == (min(row["forward"], row["step"]) >= advice.MARGIN)
-        assert all(value > 0 for value in row["ms"].values())
+        dense = row["forms"]["dense"]["ms"]
+        for form in row["forms"].values():
+            assert all(form[what] == dense[what] / form["ms"][what] for what in dense)
+        for what, best in row["best"].items():
+            most = max(form[what] for form in row["forms"].values())
+            assert row["forms"][best][what] == (most if most >= advice.MARGIN else 1.0)
+        assert (row["verdict"] == "stay dense") == (set(row["best"].values()) == {"dense"})
     assert found["model"]["step"] > 0
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert json.loads(json.dumps(found)) == found
 
 
-def test_only_what_is_worth_it_is_exchanged(fast: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_layer_takes_the_form_that_is_best(fast: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     seen = []
-    monkeypatch.setattr(advice, "_whole", lambda dense, sparse, inputs, seconds: seen.append(sparse))
+    monkeypatch.setattr(advice, "_whole", lambda dense, served, trained, *others: seen.extend([served, trained]))
     found = advice.advise(Net(), [torch.randn(5, 1, 6, 6)])
-    assert [row["verdict"] for row in found["layers"]] == ["sparse", "stay dense"]
-    assert isinstance(seen[0].first, SparseLinear)
-    assert type(seen[0].twice) is nn.Linear
+    assert [row["best"] for row in found["layers"]] == [
+        {"forward": "SparseLinear", "step": "SparseLinear"}, {"forward": "BitmapLinear", "step": "dense"},
+    ]  # fmt: skip
+    assert [row["verdict"] for row in found["layers"]] == ["sparse", "sparse to serve"]
+    assert [type(model.first) for model in seen] == [SparseLinear, SparseLinear]
+    assert [type(model.twice) for model in seen] == [BitmapLinear, nn.Linear]
+
+
+@pytest.mark.parametrize(("forward", "step", "verdict"), [
+    ("dense", "dense", "stay dense"), ("dense", None, "stay dense"), ("SparseLinear", None, "sparse"),
+    ("dense", "SparseLinear", "sparse to train"), ("BitmapLinear", "dense", "sparse to serve"),
+    ("BitmapLinear", "SparseLinear", "sparse"),
+])  # fmt: skip
+def test_verdicts(forward: str, step: str | None, verdict: str) -> None:
+    assert advice._verdict({"forward": forward, "step": step}) == verdict
+
+
+def test_what_is_hardly_faster_stays_dense() -> None:
+    forms = {"dense": {"forward": 1.0, "step": None}, "SparseLinear": {"forward": 1.04, "step": None}}
+    assert advice._best(forms, "forward") == "dense"
+    assert advice._best(forms, "step") is None
+
+
+def test_empty_rows_can_be_shrunk() -> None:
+    net = nn.Linear(64, 64)
+    mask = torch.rand(64, 64) < 0.5
+    mask[5] = False
+    found = advice.advise(net, [torch.randn(3, 64)], {"weight": mask}, seconds=0.001)
+    assert list(found["layers"][0]["forms"]) == ["dense", "SparseLinear", "BitmapLinear", "ShrunkLinear"]
 
 
 def test_the_density_at_which_it_begins_to_pay(fast: dict[str, float]) -> None:
@@ -86,8 +125,8 @@ def test_tables_and_figures(fast: dict[str, float], tmp_path: Path, capsys: pyte
     found = advice.advise(Net(), [torch.randn(5, 1, 6, 6)], seconds=0.001)
     Console(width=200).print(advice.summary(found))
     text = capsys.readouterr().out
-    assert "stay dense" in text
-    assert "16 x 32, 5" in text
+    assert "sparse to serve" in text
+    assert "16 x 32" in text
     assert "dense in any case: conv, unused" in text
     advice.figure(found).savefig(tmp_path / "advice.png")
 
@@ -99,7 +138,8 @@ def test_a_model_is_left_alone() -> None:
     found = advice.advise(net, [torch.randn(5, 4)], seconds=0.001)
     assert int(net.get_buffer("1.num_batches_tracked")) == 0
     assert torch.equal(net.get_parameter("2.weight").grad, torch.ones(2, 4))  # type: ignore[arg-type]  # it has one
-    assert [row["step"] is None for row in found["layers"]] == [True, False], "what is frozen takes no step"
+    steps = [row["forms"]["dense"]["step"] is None for row in found["layers"]]
+    assert steps == [True, False], "what is frozen takes no step"
     advice.summary(found)
     advice.figure(found)
 

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from sparsity import InputError, Sparsifier, convert
-from sparsity.convert import BlockSparseLinear, SemiSparseLinear, SparseLinear, to_dense, to_semi_sparse, to_sparse
+from sparsity.convert import (
+    BitmapLinear,
+    BlockSparseLinear,
+    Form,
+    SemiSparseLinear,
+    ShrunkLinear,
+    SparseLinear,
+    to_dense,
+    to_semi_sparse,
+    to_sparse,
+)  # fmt: skip
 from sparsity.learned import StraightThrough
 from sparsity.models import GPT, LeNet300100
 from sparsity.patterns import nm_mask
@@ -20,6 +30,9 @@ def pruned(sparsity: float = 0.9) -> tuple[nn.Module, Sparsifier]:
     sparsifier = Sparsifier(sparsity)
     sparsifier.attach(net)
     return net, sparsifier
+
+
+forms = pytest.mark.parametrize("form", [SparseLinear, BitmapLinear, ShrunkLinear])
 
 
 def layers(module: nn.Module) -> list[SparseLinear]:
@@ -56,10 +69,11 @@ def test_the_original_stays_as_it_was() -> None:
     assert not {each.data_ptr() for each in found.parameters()} & {each.data_ptr() for each in net.parameters()}
 
 
-def test_training_is_that_of_the_masked_network() -> None:
+@forms
+def test_training_is_that_of_the_masked_network(form: Form) -> None:
     net, sparsifier = pruned()
     net = net.double()
-    found = to_sparse(net, sparsifier.masks, density=1.0)
+    found = to_sparse(net, sparsifier.masks, forms={"fc1": form, "fc2": form, "fc3": SparseLinear})
     runs = []
     for model in (net, found):
         torch.manual_seed(1)
@@ -78,7 +92,7 @@ def test_training_is_that_of_the_masked_network() -> None:
         torch.allclose(one, other) for one, other in zip(net.parameters(), to_dense(found).parameters(), strict=True)
     )
     sizes = [sum(s["exp_avg"].numel() for s in adam.state.values()) for adam in runs]
-    assert sizes[1] < 0.15 * sizes[0]
+    assert sizes[1] < (1 if form is ShrunkLinear else 0.15) * sizes[0]
 
 
 def test_kept_weights_that_are_zero_train_when_masks_say_so() -> None:
@@ -120,6 +134,83 @@ def test_blocks_that_mostly_lie_beyond_the_weight_are_not_taken() -> None:
     assert found.values.numel() <= 1.25 * 130 * 130
     assert found.density == 1.0
     assert isinstance(to_sparse(nn.Linear(5, 3), density=1.0), SparseLinear)
+
+
+@forms
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
+def test_every_form_computes_the_same_and_comes_back_to_the_bit(form: Form, bias: bool, kept: float) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(20, 12, bias, dtype=torch.float64)
+    mask = torch.rand(12, 20) < kept
+    if 0 < kept < 1:
+        mask[3:5], mask[:, [0, 7]] = False, False
+        mask[5:8, 3:6] = True
+    with torch.no_grad():
+        net.weight.mul_(mask)
+    if bias:
+        net.bias.requires_grad_(False)  # what is frozen stays so
+    found = to_sparse(net, {"weight": mask}, forms={"": form})
+    assert type(found) is form
+    assert found.density == int(mask.sum()) / 240
+    for batch in ((), (5,), (2, 3)):
+        x = torch.randn(*batch, 20, dtype=torch.float64, requires_grad=True)
+        runs = []
+        for model in (net, found):
+            y = model(x)
+            runs.append((y.detach(), *torch.autograd.grad(y.square().sum(), x)))
+        for one, other in zip(*runs, strict=True):
+            assert torch.allclose(one, other)
+    back = to_dense(found)
+    assert isinstance(back, nn.Linear)
+    assert torch.equal(back.weight, net.weight)
+    assert bias == (back.bias is not None)
+    assert not bias or (torch.equal(back.bias, net.bias) and not back.bias.requires_grad)
+
+
+def test_shrunk_layers_are_small_and_keep_what_is_pruned_within_at_zero() -> None:
+    net = nn.Linear(20, 12)
+    mask = torch.zeros(12, 20, dtype=torch.bool)
+    mask[2:6, 5:15] = True
+    mask[3, 7] = False
+    found = to_sparse(net, {"weight": mask}, forms={"": ShrunkLinear})
+    assert isinstance(found, ShrunkLinear)
+    assert found.values.shape == (4, 10)
+    adam = torch.optim.AdamW(found.parameters(), 0.1)
+    for _ in range(3):
+        found(torch.randn(8, 20)).square().sum().backward()
+        adam.step()
+    assert int((found.weight != 0).sum()) == int(mask.sum())
+    assert not found.weight[~mask].any()
+
+
+def test_shrunk_layers_under_autocast() -> None:
+    net = nn.Linear(20, 12)
+    mask = torch.zeros(12, 20, dtype=torch.bool)
+    mask[2:6, 5:15] = True
+    found = to_sparse(net, {"weight": mask}, forms={"": ShrunkLinear})
+    x = torch.randn(3, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = found(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(y.float(), nn.functional.linear(x, net.weight * mask, net.bias), atol=0.05)
+
+
+def test_forms_by_name() -> None:
+    net, sparsifier = pruned()
+    found = to_sparse(net, sparsifier.masks, forms={"fc1": BitmapLinear, "fc3": ShrunkLinear})
+    assert [type(each) for each in (found.fc1, found.fc2, found.fc3)] == [BitmapLinear, nn.Linear, ShrunkLinear]
+    x = torch.randn(7, 1, 28, 28)
+    assert torch.allclose(found(x), net(x), atol=1e-5)
+    assert to_dense(found).state_dict().keys() == net.state_dict().keys()
+
+
+def test_forms_that_do_not_fit_are_refused() -> None:
+    net, sparsifier = pruned()
+    with pytest.raises(InputError, match=r"forms name 'fc9', which is none of the linear layers: fc1, fc2, fc3"):
+        to_sparse(net, forms={"fc9": BitmapLinear})
+    with pytest.raises(ValueError, match="in part: prune by blocks"):
+        to_sparse(net, sparsifier.masks, forms={"fc1": BlockSparseLinear})
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:

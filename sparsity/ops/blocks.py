@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsity.ops import cuda, linear
-from sparsity.ops.linear import Rows, check_places, flattened, native_call, rows_of, wide
+from sparsity.ops.linear import Rows, check_alike, check_batch, check_places, flattened, native_call, rows_of, wide
 
 SIDES = (16, 32, 64, 128)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -243,11 +243,7 @@ def _check(
 ) -> None:
     """Raises what the C++ would not survive."""
     side = values.shape[-1]
-    given = [each for each in (values, x, y) if each is not None]
-    if len({each.dtype for each in given}) > 1 or not given[0].is_floating_point():
-        raise ValueError(f"expected floating tensors of one dtype, got {', '.join(str(each.dtype) for each in given)}")
-    if len({each.device for each in (*given, columns, starts)}) > 1:
-        raise ValueError(f"expected tensors on one device, got {', '.join(str(e.device) for e in (*given, columns))}")
+    check_alike((values, x, y), columns, starts)
     if values.ndim != 3 or values.shape != (len(columns), side, side) or side not in SIDES:
         raise ValueError(f"expected {len(columns)} square blocks of 16, 32, 64 or 128, got {tuple(values.shape)}")
     if columns.dtype != torch.int32 or starts.dtype != torch.int64 or columns.ndim != 1 or starts.ndim != 1:
@@ -256,8 +252,7 @@ def _check(
         raise ValueError(
             f"{out} rows in blocks of {side} have {-(-out // side)} block rows, starts say {len(starts) - 1}"
         )
-    if x is not None and y is not None and x.shape[:-1] != y.shape[:-1]:
-        raise ValueError(f"expected one batch, got {tuple(x.shape)} and {tuple(y.shape)}")
+    check_batch(x, y, out)
     check_places(columns, starts, -(-width // side))
 
 

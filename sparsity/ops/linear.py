@@ -1,5 +1,6 @@
 """Linear layers by their kept weights only: the weight in compressed rows, in plain index and value tensors."""
 
+from collections.abc import Callable, Sequence
 from ctypes import c_int64, c_void_p
 from typing import Any
 
@@ -13,6 +14,8 @@ from sparsity.ops import native
 WORK = 1 << 12  # products that C++ is compiled for: the dense matrix is made in less time than it takes to call it
 NARROW = 1 << 15  # input features that columns of int16 can name
 
+WIDE = (torch.float32, torch.float64)
+
 Rows = tuple[Tensor, Tensor, Tensor]  # values, columns, starts
 
 
@@ -24,15 +27,20 @@ def compressed(weight: Tensor, mask: Tensor | None = None) -> Rows:
 
     Raises `ValueError` for anything but a matrix, and a mask of another shape.
     """
+    rows, columns = kept(weight, mask).nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(weight))
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return weight[rows, columns], columns.to(torch.int16 if weight.shape[1] <= NARROW else torch.int32), starts
+
+
+def kept(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """What is kept of a matrix: what the mask says, or else what is not zero; `ValueError` for what does not fit."""
     if weight.ndim != 2:
         raise ValueError(f"expected a matrix [out, in], got a tensor of shape {tuple(weight.shape)}")
     mask = weight != 0 if mask is None else mask
     if mask.shape != weight.shape or mask.dtype != torch.bool:
         raise ValueError(f"expected a bool mask of {tuple(weight.shape)}, got {mask.dtype} of {tuple(mask.shape)}")
-    rows, columns = mask.nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=len(weight))
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return weight[rows, columns], columns.to(torch.int16 if weight.shape[1] <= NARROW else torch.int32), starts
+    return mask
 
 
 def decompressed(values: Tensor, columns: Tensor, starts: Tensor, width: int) -> Tensor:
@@ -179,25 +187,50 @@ def _check(
     values: Tensor | None, columns: Tensor, starts: Tensor, x: Tensor | None, y: Tensor | None, width: int
 ) -> None:
     """Raises what the C++ would not survive."""
-    given = [each for each in (values, x, y) if each is not None]
-    if len({each.dtype for each in given}) > 1 or not given[0].is_floating_point():
-        raise ValueError(f"expected floating tensors of one dtype, got {', '.join(str(each.dtype) for each in given)}")
-    if len({each.device for each in (*given, columns, starts)}) > 1:
-        raise ValueError(f"expected tensors on one device, got {', '.join(str(e.device) for e in (*given, columns))}")
+    check_alike((values, x, y), columns, starts)
     if columns.dtype not in (torch.int16, torch.int32) or starts.dtype != torch.int64 or starts.ndim != 1:
         raise ValueError(f"expected columns of int16 or int32 and starts of int64, got {columns.dtype}, {starts.dtype}")
     if len(starts) < 1 or columns.ndim != 1 or (values is not None and values.shape != columns.shape):
         shape = tuple(values.shape) if values is not None else "as many"
         raise ValueError(f"expected as many values as columns, and starts, got {shape} and {tuple(columns.shape)}")
-    if y is not None and (y.ndim == 0 or y.shape[-1] != len(starts) - 1):
-        raise ValueError(f"expected [..., {len(starts) - 1}], one number for each row, got {tuple(y.shape)}")
-    if x is not None and y is not None and x.shape[:-1] != y.shape[:-1]:
-        raise ValueError(f"expected one batch, got {tuple(x.shape)} and {tuple(y.shape)}")
+    check_batch(x, y, len(starts) - 1)
     check_places(columns, starts, width)
 
 
+def check_alike(floats: Sequence[Tensor | None], *places: Tensor) -> None:
+    """Raises `ValueError` for numbers of several dtypes, or none that float, and for tensors on several devices."""
+    given = [each for each in floats if each is not None]
+    if len({each.dtype for each in given}) > 1 or not given[0].is_floating_point():
+        raise ValueError(f"expected floating tensors of one dtype, got {', '.join(str(each.dtype) for each in given)}")
+    if len({each.device for each in (*given, *places)}) > 1:
+        raise ValueError(f"expected tensors on one device, got {', '.join(str(e.device) for e in (*given, *places))}")
+
+
+def check_batch(x: Tensor | None, y: Tensor | None, out: int) -> None:
+    """Raises `ValueError` for a result that is not of the weight's rows, or of another batch than what goes in."""
+    if y is not None and (y.ndim == 0 or y.shape[-1] != out):
+        raise ValueError(f"expected [..., {out}], one number for each row, got {tuple(y.shape)}")
+    if x is not None and y is not None and x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(f"expected one batch, got {tuple(x.shape)} and {tuple(y.shape)}")
+
+
+def check_places(columns: Tensor, starts: Tensor, width: int) -> None:
+    """Raises `IndexError` for places outside of the weight; looks `once`."""
+
+    def look() -> None:
+        ends = [int(starts[0]), int(starts[-1])]
+        if ends != [0, len(columns)] or (len(starts) > 1 and int(starts.diff().min()) < 0):
+            raise IndexError(f"expected starts that rise from 0 to {len(columns)}, the number of columns, got {ends}")
+        if len(columns):
+            least, most = (int(each) for each in columns.aminmax())
+            if least < 0 or most >= width:
+                raise IndexError(f"columns are from {least} to {most}, the weight has {width}")
+
+    once(look, columns, starts, width)
+
+
 class Remembered:
-    """What was found out about columns and their starts, as long as neither changes.
+    """What was found out about places and their starts, as long as neither changes.
 
     Writes through `.data` or numpy are not seen, and nothing is remembered of inference tensors, which do not tell.
     """
@@ -205,37 +238,30 @@ class Remembered:
     def __init__(self) -> None:
         self._known: Any = WeakIdKeyDictionary()
 
-    def find(self, columns: Tensor, starts: Tensor, width: int) -> Any:
+    def find(self, places: Tensor, starts: Tensor, *sizes: int) -> Any:
         """What was kept for these, or None."""
-        known, state = self._known.get(columns), self._state(columns, starts, width)
+        known, state = self._known.get(places), self._state(places, starts, sizes)
         return known[2] if state and known and known[0] is starts and known[1] == state else None
 
-    def keep(self, columns: Tensor, starts: Tensor, width: int, found: Any) -> None:
-        if state := self._state(columns, starts, width):
-            self._known[columns] = starts, state, found
+    def keep(self, places: Tensor, starts: Tensor, *sizes: int, found: Any) -> None:
+        if state := self._state(places, starts, sizes):
+            self._known[places] = starts, state, found
 
-    def _state(self, columns: Tensor, starts: Tensor, width: int) -> tuple[int, ...] | None:
-        if columns.is_inference() or starts.is_inference():
+    def _state(self, places: Tensor, starts: Tensor, sizes: tuple[int, ...]) -> tuple[int, ...] | None:
+        if places.is_inference() or starts.is_inference():
             return None
-        memory = (starts.data_ptr(), columns.data_ptr(), len(columns), len(starts))
-        return starts._version, columns._version, width, *memory
+        memory = (starts.data_ptr(), places.data_ptr(), len(places), len(starts))
+        return starts._version, places._version, *sizes, *memory
 
 
-_PLACES = Remembered()
+_SEEN = Remembered()
 
 
-def check_places(columns: Tensor, starts: Tensor, width: int) -> None:
-    """Raises `IndexError` for places outside of the weight; looks once at tensors that do not change."""
-    if _PLACES.find(columns, starts, width):
-        return
-    ends = [int(starts[0]), int(starts[-1])]
-    if ends != [0, len(columns)] or (len(starts) > 1 and int(starts.diff().min()) < 0):
-        raise IndexError(f"expected starts that rise from 0 to {len(columns)}, the number of columns, got {ends}")
-    if len(columns):
-        least, most = (int(each) for each in columns.aminmax())
-        if least < 0 or most >= width:
-            raise IndexError(f"columns are from {least} to {most}, the weight has {width}")
-    _PLACES.keep(columns, starts, width, True)
+def once(look: Callable[[], None], places: Tensor, starts: Tensor, *sizes: int) -> None:
+    """Calls this, which raises what places, starts and sizes have wrong, but once for tensors that do not change."""
+    if not _SEEN.find(places, starts, *sizes):
+        look()
+        _SEEN.keep(places, starts, *sizes, found=True)
 
 
 def is_native(x: Tensor, kept: Tensor) -> bool:
@@ -252,6 +278,8 @@ def flattened(tensor: Tensor) -> Tensor:
 
 def wide(tensor: Tensor) -> Tensor:
     """Contiguous, in float32 or float64."""
+    if tensor.dtype in WIDE and tensor.is_contiguous():
+        return tensor  # three calls less: small batches feel them
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
 
 

@@ -115,7 +115,7 @@ def _topology(columns: Tensor, starts: Tensor, width: int) -> Topology:
         ordered, order = columns.sort(stable=True)
         bounds = torch.arange(width + 1, dtype=columns.dtype, device=columns.device)
         found = Topology(rows, order.int(), rows[order], torch.searchsorted(ordered, bounds))
-        _KNOWN.keep(columns, starts, width, found)
+        _KNOWN.keep(columns, starts, width, found=found)
     return found
 
 
