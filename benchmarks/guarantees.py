@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from rich.progress import track
 
+from benchmarks import readme
 from tests.guarantees.columns import OURS, PEERS
 from tests.guarantees.situations import SITUATIONS, verdict
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "guarantees.json"
-BEGIN, END = "<!-- guarantees: begin -->", "<!-- guarantees: end -->"
 SIGNS = {"yes": "✓", "no": "✗", "refused": "refused", "error": "error", "not run": "not run"}
 
 
@@ -52,15 +52,6 @@ def table(cells: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "| " + " | ".join(["**held, of those run**", *totals]) + " |"])
 
 
-def write_table(cells: list[dict[str, str]]) -> None:
-    path = ROOT / "README.md"
-    before, begins, rest = path.read_text().partition(BEGIN)
-    _, ends, after = rest.partition(END)
-    if not begins or not ends:
-        raise SystemExit(f"README.md has no place for the table: expected the lines '{BEGIN}' and '{END}' in it")
-    path.write_text(f"{before}{BEGIN}\n\n{table(cells)}\n\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -80,7 +71,7 @@ def main() -> None:
         cells = [each for each in known if (each["situation"], each["column"]) not in again] + fresh
         versions: dict[str, Any] = {name: version(name) for name in ("torch", "pytorch-lightning")}
         RESULT.write_text(json.dumps({**versions, "cells": cells}, indent=1) + "\n")
-    write_table(cells)
+    readme.write("guarantees", table(cells))
 
 
 if __name__ == "__main__":
