@@ -1,8 +1,9 @@
 """The command line: `python train.py fit --config recipes/digits_lamp.yaml`.
 
 Subcommands: fit, validate, test, oneshot, which prunes a checkpoint without training, advise, which measures what
-sparse layers are worth on this machine, federate, which trains over the clients of a simulated federation, and bench,
-which runs the benchmarks of this repository that measure time. Every key of a recipe can be overridden, for example
+sparse layers are worth on this machine, export, which writes a checkpoint for others to read, federate, which trains
+over the clients of a simulated federation, and bench, which runs the benchmarks of this repository that measure time.
+Every key of a recipe can be overridden, for example
 `--sparsity.sparsity=0.95`, `--sparsity=GMP` or `--sparsity=null` for the dense baseline.
 """
 
@@ -21,16 +22,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import torch
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
+from torch import nn
 
 import callbacks
 from callbacks import Sparsify, SparsityReport
-from sparsity import InputError, Sparsifier, advice, checkpoints, data, masks, models
+from sparsity import InputError, Sparsifier, advice, checkpoints, data, export, masks, models
 from sparsity.distributions import Uniform
 from sparsity.federated import Federation, Protocol, Running, partition, simulation
 from sparsity.federated import report as federated
+from sparsity.patterns import NM
 from sparsity.scores import Random
 
 # Imported, a module makes its classes known to recipes by their short names.
@@ -146,6 +150,40 @@ class SparseTrainer(Trainer):
         Console().print(advice.summary(found))
         print(f"advice: {folder / 'advice.json'}")
 
+    def export(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        format: Literal["dense", "compressed", "nm", "shrunk", "torch", "onnx"] = "compressed",
+        output: str | None = None,
+        part: str | None = None,
+    ) -> None:
+        """Writes a checkpoint's weights for others to read, and beside them a `.json` of how many bytes they are.
+
+        `sparsity.export.load` gives the first four formats back, every weight as it was.
+
+        Args:
+            format: zeros and all (dense), a bit for each weight and the values that are not zero (compressed), N of
+                each M and their places (nm), a smaller model (shrunk), or a program (torch, onnx).
+            output: the file to write; in the log folder if not given.
+            part: the name of a part of the model, such as `net`, if it is not all of it.
+        """
+        if ckpt_path is None:
+            raise InputError("export needs the checkpoint of a trained network (--ckpt_path)")
+        checkpoints.load_weights(model, ckpt_path)
+        method = next((each for each in self.callbacks if isinstance(each, Sparsify)), None)  # type: ignore[attr-defined]  # set by a connector
+        asked = method.sparsifier.pattern if method else None
+        pattern = f"{asked.n}:{asked.m}" if isinstance(asked, NM) else "2:4"
+        inputs = _inputs(model, part, datamodule) if format in ("torch", "onnx") else None
+        folder = Path(self.log_dir or self.default_root_dir)
+        path = Path(output) if output else folder / f"{format}{export.ENDINGS[format]}"
+        result = export.save(_part(model, part), path, format, pattern, inputs)
+        with export.written(path.with_name(f"{path.name}.json")) as partial:
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+        Console().print(export.summary(result))
+        print(f"export: {path}")
+
     def federate(
         self,
         model: LightningModule,
@@ -253,13 +291,38 @@ def _batches(datamodule: LightningDataModule) -> Iterator[Any]:
         yield datamodule.on_after_batch_transfer(datamodule.on_before_batch_transfer(batch, 0), 0)
 
 
+def _part(model: LightningModule, name: str | None) -> nn.Module:
+    try:
+        return model.get_submodule(name or "")
+    except AttributeError as error:
+        parts = ", ".join(each for each, _ in model.named_children())
+        raise InputError(f"the model has no part called '{name}': its parts are {parts}") from error
+
+
+def _inputs(model: LightningModule, part: str | None, datamodule: LightningDataModule | None) -> tuple[Any, ...]:
+    """What a part of the model is given when the model is, for two samples: its example input, or from the data."""
+    given = model.example_input_array
+    if given is None:
+        if datamodule is None:
+            raise InputError("a program is traced on inputs: give the recipe data, or the model an example_input_array")
+        batch = next(_batches(datamodule))
+        given = (batch[0] if isinstance(batch, list | tuple) else batch)[:2]
+    found: list[tuple[Any, ...]] = []
+    hook = _part(model, part).register_forward_pre_hook(lambda _, inputs: found.append(inputs))
+    with hook, torch.no_grad():
+        model.eval()(*given) if isinstance(given, tuple) else model.eval()(given)
+    if not found:
+        raise InputError(f"the model's forward pass does not use its part '{part}', so it cannot be traced")
+    return found[0]
+
+
 class SparsityCLI(LightningCLI):
     """LightningCLI with the method under a key of its own, `sparsity:`, and a report of every run."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         model_and_data = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
-        return dict.fromkeys(("fit", "validate", "test", "oneshot", "advise", "federate"), model_and_data)
+        return dict.fromkeys(("fit", "validate", "test", "oneshot", "advise", "export", "federate"), model_and_data)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Sparsify, "sparsity", subclass_mode=True, required=False)

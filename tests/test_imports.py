@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 LEAVES = {"errors", "ops", "version"}
 ALLOWED = {
     "errors": set(), "version": set(), "ops": set(), "convert": {"errors", "masks", "ops"},
+    "export": {"errors", "export", "patterns", "shards", "shrink", "targets"},
     "advice": {"convert", "errors", "masks"}, "shrink": {"errors"},
     "shards": {"errors"}, "compact": {"errors"}, "upkeep": {"compact", "ops", "shards"},
     "masks": {"errors", "shards"}, "targets": {"errors"}, "schedules": {"errors"},
