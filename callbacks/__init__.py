@@ -9,6 +9,7 @@ from .federated import FLASH, FedDST, FedSGC, PruneFL
 from .gradual import GMP, LAMP, GlobalMP
 from .learned import PGF, SRSTE, STE, GumbelNM
 from .lottery import SWAMP, IterativeMagnitude
+from .migration import ModelPruning
 from .oneshot import ASP, OneShot
 from .report import SparsityReport
 from .sparsify import Sparsify
@@ -18,6 +19,6 @@ from .supermask import EdgePopup, LotteryJackpot, SignedSupermask
 __all__ = [
     "ASP", "FLASH", "GMP", "LAMP", "PGF", "SET", "SRSTE", "STE", "SWAMP", "ConstantMask", "EdgePopup", "FedDST",
     "FedSGC", "GlobalMP", "GraNet",
-    "GumbelNM", "HyperSparse", "IterativeMagnitude", "LotteryJackpot", "OneShot", "PruneFL", "RigL", "SignedSupermask",
-    "SparseMomentum", "Sparsify", "SparsityReport", "StaticMask",
+    "GumbelNM", "HyperSparse", "IterativeMagnitude", "LotteryJackpot", "ModelPruning", "OneShot", "PruneFL", "RigL",
+    "SignedSupermask", "SparseMomentum", "Sparsify", "SparsityReport", "StaticMask",
 ]  # fmt: skip

@@ -295,7 +295,7 @@ def test_export_writes_what_loads_elsewhere(tmp_path: Path, capsys: pytest.Captu
     output = tmp_path / "net.pt2"
     call(tmp_path, *export, "--format=torch", "--part=net", f"--output={output}")
     program = torch.export.load(output).module()
-    images = torch.rand(3, 8, 8)
+    images = torch.rand(3, 1, 8, 8)
     hidden = images.flatten(1)
     for layer in ("fc1", "fc2", "fc3"):
         hidden = hidden @ trained[f"net.{layer}.weight"].T + trained[f"net.{layer}.bias"]
