@@ -1,9 +1,9 @@
 """The command line: `python train.py fit --config recipes/digits_lamp.yaml`.
 
 Subcommands: fit, validate, test, oneshot, which prunes a checkpoint without training, advise, which measures what
-sparse layers are worth on this machine, export, which writes a checkpoint for others to read, federate, which trains
-over the clients of a simulated federation, and bench, which runs the benchmarks of this repository that measure time.
-Every key of a recipe can be overridden, for example
+sparse layers are worth on this machine, export, which writes a checkpoint for others to read, import-sparseml, which
+translates a recipe, federate, which trains over the clients of a simulated federation, and bench, which runs the
+benchmarks of this repository that measure time. Every key of a recipe can be overridden, for example
 `--sparsity.sparsity=0.95`, `--sparsity=GMP` or `--sparsity=null` for the dense baseline.
 """
 
@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -30,7 +31,7 @@ from torch import nn
 
 import callbacks
 from callbacks import Sparsify, SparsityReport
-from sparsity import InputError, Sparsifier, advice, checkpoints, data, export, masks, models
+from sparsity import InputError, Sparsifier, advice, checkpoints, data, export, masks, models, sparseml
 from sparsity.distributions import Uniform
 from sparsity.federated import Federation, Protocol, Running, partition, simulation
 from sparsity.federated import report as federated
@@ -435,11 +436,39 @@ def bench(names: Sequence[str]) -> int:
     return failed
 
 
+def import_sparseml(words: Sequence[str]) -> None:
+    """Writes what SparseML's recipe FILE asks for as an overlay for a recipe of yours, and says what could not be."""
+    parser = ArgumentParser(prog="train.py import-sparseml", description=import_sparseml.__doc__)
+    parser.add_argument("file", type=Path, help="a recipe in YAML, or Markdown with one at its head")
+    parser.add_argument("--output", type=Path, help="the file to write; <FILE>.imported.yaml if not given")
+    parser.add_argument("--prefix", default="net.", help="what the LightningModule calls the network (%(default)s)")
+    asked = parser.parse_args(words)
+    if not asked.file.is_file():
+        raise InputError(f"no recipe at '{asked.file}'")
+    try:
+        text = asked.file.read_text()
+    except UnicodeDecodeError as error:
+        raise InputError(f"'{asked.file}' is no text: {error}") from error
+    found = sparseml.translate(text, asked.prefix)
+    output = asked.output or asked.file.with_suffix(".imported.yaml")
+    with export.written(output) as partial:
+        partial.write_text(found.text(asked.file.name))
+    for remark in found.remarks:
+        print(f"- {remark}")
+    print(f"recipe: {output}")
+
+
 def main(args: ArgsType = None) -> None:
     """Runs the command line; input that cannot work ends it with a plain message and status 2."""
     words = sys.argv[1:] if args is None else args
     if isinstance(words, list) and words[:1] == ["bench"]:
         sys.exit(bench(words[1:]))
+    if isinstance(words, list) and words[:1] == ["import-sparseml"]:
+        try:
+            return import_sparseml(words[1:])
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
     # Lightning's own call, and its advice to add workers, which data in memory does not need.
     warnings.filterwarnings("ignore", r".*LeafSpec\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*does not have many workers")

@@ -26,7 +26,7 @@ DIFFERENCES = (
     "pruned weights and their optimizer state stay zero, and a resumed run has its masks",
     "the keys of the state dict never change, so there is nothing to make permanent",
 )
-METHODS = {prune.L1Unstructured: "l1_unstructured", prune.RandomUnstructured: "random_unstructured"}
+METHODS: dict[object, str] = {prune.L1Unstructured: "l1_unstructured", prune.RandomUnstructured: "random_unstructured"}
 
 
 class Given(Targets):

@@ -7,6 +7,7 @@ named. Nothing of a file is ever evaluated: of `eval(...)` only a variable's nam
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from reprlib import Repr
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 from sparsity.errors import InputError
 
 Settings = dict[str, Any]
-LARGEST = 1 << 20  # bytes of a recipe
+LARGEST, MOST = 1 << 18, 1000  # characters and modifiers of a recipe
 EVERYTHING = ("__ALL__", "__ALL_PRUNABLE__")
 WRITTEN = {"log_types", "__tag__"}  # of no matter here
 SHORT = Repr()
@@ -85,7 +86,7 @@ class _Loader(yaml.SafeLoader):
 
 def _tagged(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Settings:
     settings = loader.construct_mapping(node, deep=True) if isinstance(node, yaml.MappingNode) else {}
-    return {"__tag__": tag, **settings}
+    return {"__tag__": tag} | {str(key): value for key, value in settings.items()}
 
 
 _Loader.add_multi_constructor("!", _tagged)
@@ -97,7 +98,7 @@ def translate(text: str, prefix: str = "net.") -> Imported:
     Raises `InputError` for what is no recipe, has no pruning modifier, or asks for something that would be wrong here.
     """
     recipe = _parsed(text)
-    modifiers = [Modifier(name, settings, recipe) for name, settings in _modifiers(recipe)]
+    modifiers = [Modifier(name, settings, recipe) for name, settings in islice(_modifiers(recipe), MOST)]
     overlay: Settings = {}
     remarks: list[str] = []
     epochs = [each for each in modifiers if each.name == "EpochRangeModifier"]
@@ -105,10 +106,8 @@ def translate(text: str, prefix: str = "net.") -> Imported:
     constant = [each for each in modifiers if each.name == "ConstantPruningModifier"]
     if not pruning and not constant:
         names = ", ".join(dict.fromkeys(each.name for each in modifiers)) or "none"
-        raise InputError(
-            f"the recipe has no modifier that can be translated ({', '.join((*GRADUAL, 'ConstantPruningModifier', *ONESHOT))}):"
-            f" it has {names}"
-        )
+        known = ", ".join((*GRADUAL, "ConstantPruningModifier", *ONESHOT))
+        raise InputError(f"the recipe has no modifier that can be translated, which are {known}: it has {names:.300}")
     if pruning:
         alike = [each for each in pruning if each.name == pruning[0].name]
         overlay["sparsity"] = (_gradual if pruning[0].name in GRADUAL else _oneshot)(alike, prefix)
@@ -131,9 +130,9 @@ def translate(text: str, prefix: str = "net.") -> Imported:
 def _parsed(text: str) -> Settings:
     if len(text) > LARGEST:
         raise InputError(f"a recipe has at most {LARGEST:,} characters, got {len(text):,}")
-    head = re.match(r"(?:\s*<!--.*?-->)?\s*---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
+    head = re.match(r"(?:\s*<!--.*?-->)?\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", text, re.DOTALL)
     try:
-        found = yaml.load(head[1] if head else text, Loader=_Loader)  # noqa: S506  # a SafeLoader
+        found = yaml.load(head[1] if head else text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         raise InputError(f"the recipe is no YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(found, dict):
@@ -164,36 +163,29 @@ def _gradual(modifiers: list[Modifier], prefix: str) -> Settings:
     first = modifiers[0]
     shares = [_share(each, prefix) for each in modifiers]
     schedules = [_schedule(each) for each in modifiers]
-    patterns = [_pattern(each, each.take("mask_type", each.take("mask_structure", "unstructured"))) for each in modifiers]
-    everywhere = [bool(each.take("apply_globally", False) or each.take("global_sparsity", False)) for each in modifiers]
+    patterns = [_pattern(each, each.take("mask_type", each.take("mask_structure"))) for each in modifiers]
+    compared = [each.take("apply_globally", False) or each.take("global_sparsity", False) for each in modifiers]
     if any(each != schedules[0] for each in schedules) or any(each != patterns[0] for each in patterns):
         first.remark("the schedules or patterns of several differ; those of the first are taken for all layers")
     for each in modifiers:
         if each.take("leave_enabled", True) is False:
             each.remark("leave_enabled=False: masks stay until training ends here")
-    is_global = first.name == "GlobalMagnitudePruningModifier" or everywhere[0]
+    is_global = first.name == "GlobalMagnitudePruningModifier" or bool(compared[0])
     parts = [part for share in shares for part in share]
+    globs = None if any(each is None for _, each in parts) else [glob for _, each in parts for glob in each or []]
     sparsities = {sparsity for sparsity, _ in parts}
-    found: Settings = {"sparsity": max(sparsities)}
-    if is_global:
-        found["minimum"] = 0.0
+    # Everything is said, because what an overlay leaves out stays as the recipe below it has it.
+    found: Settings = {"sparsity": max(sparsities), **({"minimum": 0.0} if is_global else {"distribution": None})}
     if len(sparsities) > 1:
-        if any(globs is None for _, globs in parts):
-            raise InputError(f"{first.name}: several sparsities, of which one is of all parameters: name them")
-        layers = {glob: sparsity for sparsity, globs in parts for glob in globs or []}
+        if is_global or globs is None or any(each.startswith("type:") for each in globs):
+            raise InputError(f"{first.name}: several sparsities {sorted(sparsities)} are of parameters by their names")
+        layers = {glob: sparsity for sparsity, each in parts for glob in each or []}
         found["distribution"] = {"class_path": "PerLayer", "init_args": {"sparsities": layers}}
         first.remark(
             f"sparsity={max(sparsities)} is the highest of the layers: put what the map comes to over all of its "
             "weights, which the first run says"
         )
-        if is_global:
-            raise InputError(f"{first.name}: a global sparsity is one number, got {sorted(sparsities)}")
-    found |= {"schedule": schedules[0]}
-    if patterns[0] != "unstructured":
-        found["pattern"] = patterns[0]
-    globs = None if any(each is None for _, each in parts) else [glob for _, each in parts for glob in each or []]
-    if targets := _targets(globs):
-        found["targets"] = targets
+    found |= {"schedule": schedules[0], "pattern": patterns[0], "targets": _targets(globs)}
     return {"class_path": "GlobalMP" if is_global else "GMP", "init_args": found}
 
 
@@ -203,8 +195,7 @@ def _share(modifier: Modifier, prefix: str) -> list[tuple[float, list[str] | Non
     asked = modifier.take("final_sparsity")
     if isinstance(asked, dict):
         return [(_fraction(modifier, key), _globs(modifier, names, prefix)) for key, names in asked.items()]
-    modifier.left["final_sparsity"] = asked
-    return [(_fraction(modifier, modifier.number("final_sparsity")), _globs(modifier, params, prefix))]
+    return [(_fraction(modifier, asked), _globs(modifier, params, prefix))]
 
 
 def _fraction(modifier: Modifier, value: Any) -> float:
@@ -240,7 +231,7 @@ def _oneshot(modifiers: list[Modifier], prefix: str) -> Settings:
     first = modifiers[0]
     if len(modifiers) > 1:
         first.remark(f"{len(modifiers)} of them: only the first is translated, a recipe has one method")
-    found: Settings = {"sparsity": _fraction(first, first.take("sparsity"))}
+    found: Settings = {"sparsity": _fraction(first, first.take("sparsity")), "at": 0, "distribution": None}
     structure = str(first.take("mask_structure", "0:0"))
     if first.name == "SparseGPTModifier":
         names = {"damping": "dampening_frac", "block": "block_size"}
@@ -248,8 +239,7 @@ def _oneshot(modifiers: list[Modifier], prefix: str) -> Settings:
         found["score"] = {"class_path": "SparseGPT", **({"init_args": given} if given else {})}
     else:
         found["score"] = {"class_path": "Wanda"}
-    if structure not in ("0:0", "unstructured"):
-        found["pattern"] = _pattern(first, structure)
+    found |= {"pattern": None if structure in ("0:0", "unstructured") else _pattern(first, structure)}
     if str(first.take("sparsity_profile", "")).lower() == "owl":
         options = {"threshold": first.take("owl_m"), "spread": first.take("owl_lmbda")}
         given = {name: float(value) for name, value in options.items() if value is not None}
@@ -261,8 +251,7 @@ def _oneshot(modifiers: list[Modifier], prefix: str) -> Settings:
             first.remark(f"{key}: not needed, blocks are found by their names")
     if first.take("quantize", False):
         first.remark("quantize: nothing is quantized here")
-    if targets := _targets(_globs(first, first.take("targets", "__ALL__"), prefix)):
-        found["targets"] = targets
+    found |= {"calibration": None, "targets": _targets(_globs(first, first.take("targets", "__ALL__"), prefix))}
     return {"class_path": "OneShot", "init_args": found}
 
 
@@ -276,15 +265,14 @@ def _constant(modifiers: list[Modifier], prefix: str) -> Settings:
             value = each.take(key, -1)
             if value not in (-1, 0):
                 each.remark(f"{key}={SHORT.repr(value)}: masks hold from the first step to the last here")
-    targets = _targets(globs)
-    return {"class_path": "ConstantMask", **({"init_args": {"targets": targets}} if targets else {})}
+    return {"class_path": "ConstantMask", "init_args": {"file": None, "sparsity": None, "targets": _targets(globs)}}
 
 
 def _pattern(modifier: Modifier, asked: Any) -> str:
     if isinstance(asked, list) and all(type(each) is int for each in asked) and len(asked) == 2:
         return f"{asked[0]}x{asked[1]}"
     text = str(asked)
-    if text in ("unstructured", "0:0"):
+    if text in ("None", "unstructured", "0:0"):
         return "unstructured"
     if text in ("block", "block4", "4-block"):
         modifier.remark("blocks of four go along [in * kernel] of a weight here, along the inputs in SparseML: 1x4")
@@ -298,9 +286,9 @@ def _pattern(modifier: Modifier, asked: Any) -> str:
     raise InputError(f"{modifier.name}: no pattern is like {SHORT.repr(asked)}{quoted}")
 
 
-def _targets(globs: list[str] | None) -> Settings:
+def _targets(globs: list[str] | None) -> Settings | None:
     if globs is None:
-        return {}
+        return None
     types = [each.removeprefix("type:") for each in globs if each.startswith("type:")]
     names = [each for each in globs if not each.startswith("type:")]
     found: Settings = {"class_path": "Targets", "init_args": {}}
