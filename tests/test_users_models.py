@@ -72,7 +72,8 @@ def finetune(model: nn.Module, first: OneShot) -> masks.Masks:
     module = Finetuned(model)
     first.prune(module, batches)
     pl.seed_everything(0, verbose=False)
-    trainer(ConstantMask(), epochs=2).fit(module, DataLoader(batches(), batch_size=None))
+    loader: DataLoader[Any] = DataLoader(batches(), batch_size=None)  # type: ignore[arg-type]  # a list will do
+    trainer(ConstantMask(), epochs=2).fit(module, loader)
     return {name.removeprefix("model."): mask for name, mask in first.sparsifier.masks.items()}
 
 
@@ -127,7 +128,7 @@ def test_two_of_four_goes_along_the_inputs_of_conv1d(tmp_path: Path) -> None:
     assert not bool((weight.reshape(-1, 4).count_nonzero(dim=1) <= 2).all()), "not along the outputs"
     sizes = {each: export.save(model, tmp_path / each, each)["bytes"]["written"] for each in ("nm", "compressed")}
     assert sizes["nm"] < sizes["compressed"]
-    again = export.load(tmp_path / "nm", gpt2())
+    again: Any = export.load(tmp_path / "nm", gpt2())
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert again.lm_head.weight is again.transformer.wte.weight
 
