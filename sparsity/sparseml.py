@@ -5,6 +5,7 @@ data and optimizer come from a recipe of yours, to which it is added as a second
 named. Nothing of a file is ever evaluated: of `eval(...)` only a variable's name is understood.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -38,7 +39,7 @@ class Imported:
                  f"  python train.py {self.command()} --config <yours>.yaml --config <this file>"]  # fmt: skip
         if self.remarks:
             lines += ["What is different, or was not translated:", *(f"- {each}" for each in self.remarks)]
-        comments = "".join(f"# {' '.join(line.split())}\n" if line else "#\n" for line in lines)
+        comments = "".join(f"# {' '.join(line.split())}\n" for line in lines)
         return comments + yaml.safe_dump(self.overlay, sort_keys=False, width=100)
 
     def command(self) -> str:
@@ -64,7 +65,7 @@ class Modifier:
     def number(self, key: str, default: float | None = None) -> float:
         """A setting that is a number; raises `InputError` where it is none."""
         value = self.take(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise InputError(
                 f"{self.name} has {key}={SHORT.repr(value)}, and a number was expected: expressions are never "
                 "evaluated, so write the number there"
@@ -219,7 +220,7 @@ def _schedule(modifier: Modifier) -> Settings:
     if every <= 0:
         found["every"] = 1
         modifier.remark("it updates masks at every step, and so does this")
-    if isinstance(initial, int | float) and not isinstance(initial, bool):
+    if isinstance(initial, int | float) and 0 <= initial < 1:
         found["initial"] = float(initial)
     else:
         modifier.remark(f"init_sparsity={SHORT.repr(initial)}: the ramp begins at 0")
@@ -235,14 +236,15 @@ def _oneshot(modifiers: list[Modifier], prefix: str) -> Settings:
     structure = str(first.take("mask_structure", "0:0"))
     if first.name == "SparseGPTModifier":
         names = {"damping": "dampening_frac", "block": "block_size"}
-        given = {ours: first.take(theirs) for ours, theirs in names.items() if first.left.get(theirs) is not None}
+        given = {ours: first.number(theirs) for ours, theirs in names.items() if first.left.get(theirs) is not None}
+        given |= {"block": int(given["block"])} if "block" in given else {}
         found["score"] = {"class_path": "SparseGPT", **({"init_args": given} if given else {})}
     else:
         found["score"] = {"class_path": "Wanda"}
     found |= {"pattern": None if structure in ("0:0", "unstructured") else _pattern(first, structure)}
     if str(first.take("sparsity_profile", "")).lower() == "owl":
-        options = {"threshold": first.take("owl_m"), "spread": first.take("owl_lmbda")}
-        given = {name: float(value) for name, value in options.items() if value is not None}
+        names = {"threshold": "owl_m", "spread": "owl_lmbda"}
+        given = {ours: first.number(theirs) for ours, theirs in names.items() if first.left.get(theirs) is not None}
         found["distribution"] = {"class_path": "OWL", **({"init_args": given} if given else {})}
     if first.take("sequential_update", True) is False:
         first.remark("sequential_update=False: blocks are pruned one after the other here, always")

@@ -342,6 +342,7 @@ LIES: dict[str, tuple[str, Callable[..., None], str]] = {
     "names": ("compressed", say([1], "names"), "names and shapes of the packed weights are damaged"),
     "taken name": ("compressed", say({"odd": "out.weight"}, "names"), "is there twice|of another model"),
     "a shape": ("compressed", say([HUGE, HUGE], "shapes", "conv.weight"), "cannot have the shape"),
+    "endless shape": ("compressed", say([1 << 70], "shapes", "conv.weight"), "cannot have the shape"),
     "shapes": ("compressed", say("no", "shapes", "conv.weight"), "cannot have the shape"),
     "ties": ("compressed", say({"head.weight": "nowhere"}, "ties"), "is tied to 'nowhere', which is not there"),
     "more ties": ("dense", say({"norm.bias": "norm.weight"}, "ties"), "'norm.bias' is tied to"),
@@ -505,8 +506,9 @@ def test_what_cannot_be_written_is_refused(path: Path) -> None:
     clash = nn.ModuleDict({"a": layer})
     with pytest.raises(InputError, match=r"'a.bitmask' is a tensor of the model and a part of a packed weight"):
         export.save(clash, path)
-    with pytest.raises(InputError, match="is a folder"):
-        export.save(net(), path.parent)
+    for form in ("dense", "torch"):
+        with pytest.raises(InputError, match="is a folder"):
+            export.save(nn.Linear(2, 2), path.parent, form, inputs=(torch.ones(2, 2),))
     assert not list(path.parent.iterdir())
 
 

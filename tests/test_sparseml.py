@@ -213,6 +213,7 @@ REFUSED = {
     modifier("GMPruningModifier", mask_type=124): r"no pattern is like 124 \(quote N:M: YAML reads 2:4 so\)",
     modifier("GMPruningModifier", params=["re:.*(a|b)"]): "which globs do not",
     modifier("GMPruningModifier", params=[3]): "parameters are named in a list of texts, got \\[3\\]",
+    modifier("GMPruningModifier", end_epoch=float("inf")): "end_epoch=inf, and a number was expected",
     modifier("GMPruningModifier", start_epoch="soon"): "start_epoch='soon', and a number was expected",
     modifier("WandaPruningModifier", sparsity=[0.1, 0.2]): r"a sparsity lies in \(0, 1\), got \[0.1, 0.2\]",
     modifier("GlobalMagnitudePruningModifier", final_sparsity={0.1: ["a"], 0.2: ["b"]}): "several sparsities",

@@ -64,8 +64,9 @@ def save(
         else:
             tensors, parts = shrunk.encode(model) if format == "shrunk" else (tensors, {})
         write(path, tensors, about | parts, more)
-    files = [path, *path.parent.glob(f"{path.name}.data")]
-    return {"format": format, "file": str(path), "bytes": {"dense": dense, "written": sum(map(_length, files))}}
+    files = [each for each in (path, path.with_name(f"{path.name}.data")) if each.is_file()]
+    length = sum(each.stat().st_size for each in files)
+    return {"format": format, "file": str(path), "bytes": {"dense": dense, "written": length}}
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
@@ -155,7 +156,3 @@ def _turned(model: nn.Module) -> frozenset[str]:
         for leaf, _ in module.named_parameters(recurse=False)
         if is_transposed(module)
     )
-
-
-def _length(path: Path) -> int:
-    return path.stat().st_size

@@ -116,7 +116,7 @@ def unpack(parts: Mapping[str, Tensor], name: str) -> Tensor:
 def _shaped(matrix: Tensor, shape: object, name: str) -> Tensor:
     try:
         return torch.reshape(matrix, shape)  # type: ignore[arg-type]  # from a file: whatever it is, it has to fit
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, OverflowError) as error:
         raise InputError(f"'{name}' of {list(matrix.shape)} cannot have the shape {shape!r:.80}") from error
 
 

@@ -54,12 +54,11 @@ def save_onnx(model: nn.Module, path: Path, inputs: Inputs) -> None:
     if missing:
         raise InputError(f"ONNX export needs {' and '.join(missing)}: pip install 'lightning-sparsity[export]'")
     program = traced(model, inputs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
+    with written(path) as partial, TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         whole = torch.onnx.export(program, dynamo=True, verbose=False)
         assert whole is not None
         whole.save(Path(folder) / path.name)
-        # The model last: what it refers to is there before it.
-        for file in sorted(Path(folder).iterdir(), key=lambda each: each.name == path.name):
-            os.replace(file, path.with_name(file.name))
+        # The model last, under its own name: the weights that it refers to are there before it.
+        for file in Path(folder).iterdir():
+            os.replace(file, partial if file.name == path.name else path.with_name(file.name))
