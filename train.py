@@ -1,8 +1,9 @@
 """The command line: `python train.py fit --config recipes/digits_lamp.yaml`.
 
 Subcommands: fit, validate, test, oneshot, which prunes a checkpoint without training, advise, which measures what
-sparse layers are worth on this machine, federate, which trains over the clients of a simulated federation, and bench,
-which runs the benchmarks of this repository that measure time. Every key of a recipe can be overridden, for example
+sparse layers are worth on this machine, export, which writes a checkpoint for others to read, import-sparseml, which
+translates a recipe, federate, which trains over the clients of a simulated federation, and bench, which runs the
+benchmarks of this repository that measure time. Every key of a recipe can be overridden, for example
 `--sparsity.sparsity=0.95`, `--sparsity=GMP` or `--sparsity=null` for the dense baseline.
 """
 
@@ -16,24 +17,28 @@ import re
 import subprocess
 import sys
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import torch
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
+from torch import nn
 
 import callbacks
 from callbacks import DryRun, SaveOnInterrupt, Sparsify, SparsityReport
 from callbacks.interrupt import INTERRUPTED
-from sparsity import InputError, Sparsifier, advice, checkpoints, data, masks, models
+from sparsity import InputError, Sparsifier, advice, checkpoints, data, export, masks, models, sparseml
 from sparsity.distributions import Uniform
 from sparsity.federated import Federation, Protocol, Running, partition, simulation
 from sparsity.federated import report as federated
+from sparsity.patterns import NM
 from sparsity.scores import Random
 
 # Imported, a module makes its classes known to recipes by their short names.
@@ -149,6 +154,40 @@ class SparseTrainer(Trainer):
         Console().print(advice.summary(found))
         print(f"advice: {folder / 'advice.json'}")
 
+    def export(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        format: Literal["dense", "compressed", "nm", "shrunk", "torch", "onnx"] = "compressed",
+        output: str | None = None,
+        part: str | None = None,
+    ) -> None:
+        """Writes a checkpoint's weights for others to read, and beside them a `.json` of how many bytes they are.
+
+        `sparsity.export.load` gives the first four formats back, every weight as it was.
+
+        Args:
+            format: zeros and all (dense), a bit for each weight and the values that are not zero (compressed), N of
+                each M and their places (nm), a smaller model (shrunk), or a program (torch, onnx).
+            output: the file to write; in the log folder if not given.
+            part: the name of a part of the model, such as `net`, if it is not all of it.
+        """
+        if ckpt_path is None:
+            raise InputError("export needs the checkpoint of a trained network (--ckpt_path)")
+        checkpoints.load_weights(model, ckpt_path)
+        method = next((each for each in self.callbacks if isinstance(each, Sparsify)), None)  # type: ignore[attr-defined]  # set by a connector
+        asked = method.sparsifier.pattern if method else None
+        pattern = f"{asked.n}:{asked.m}" if isinstance(asked, NM) else "2:4"
+        inputs = _inputs(model, part, datamodule) if format in ("torch", "onnx", "shrunk") else None
+        folder = Path(self.log_dir or self.default_root_dir)
+        path = Path(output) if output else folder / f"{format}{export.ENDINGS[format]}"
+        result = export.save(_part(model, part), path, format, pattern, inputs)
+        with export.written(path.with_name(f"{path.name}.json")) as partial:
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+        Console().print(export.summary(result))
+        print(f"export: {path}")
+
     def federate(
         self,
         model: LightningModule,
@@ -256,13 +295,38 @@ def _batches(datamodule: LightningDataModule) -> Iterator[Any]:
         yield datamodule.on_after_batch_transfer(datamodule.on_before_batch_transfer(batch, 0), 0)
 
 
+def _part(model: LightningModule, name: str | None) -> nn.Module:
+    try:
+        return model.get_submodule(name or "")
+    except AttributeError as error:
+        parts = ", ".join(each for each, _ in model.named_children())
+        raise InputError(f"the model has no part called '{name}': its parts are {parts}") from error
+
+
+def _inputs(model: LightningModule, part: str | None, datamodule: LightningDataModule | None) -> tuple[Any, ...]:
+    """What a part of the model is given when the model is, for two samples: its example input, or from the data."""
+    given = model.example_input_array
+    if given is None:
+        if datamodule is None:
+            raise InputError("a program is traced on inputs: give the recipe data, or the model an example_input_array")
+        batch = next(_batches(datamodule))
+        given = (batch[0] if isinstance(batch, list | tuple) else batch)[:2]
+    found: list[tuple[Any, ...]] = []
+    hook = _part(model, part).register_forward_pre_hook(lambda _, inputs: found.append(inputs))
+    with hook, torch.no_grad():
+        model.eval()(*given) if isinstance(given, tuple) else model.eval()(given)
+    if not found:
+        raise InputError(f"the model's forward pass does not use its part '{part}', so it cannot be traced")
+    return found[0]
+
+
 class SparsityCLI(LightningCLI):
     """LightningCLI with the method under a key of its own, `sparsity:`, and a report of every run."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         model_and_data = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
-        return dict.fromkeys(("fit", "validate", "test", "oneshot", "advise", "federate"), model_and_data)
+        return dict.fromkeys(("fit", "validate", "test", "oneshot", "advise", "export", "federate"), model_and_data)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Sparsify, "sparsity", subclass_mode=True, required=False)
@@ -435,6 +499,28 @@ def completion(words: Sequence[str]) -> None:
     )
 
 
+def import_sparseml(words: Sequence[str]) -> None:
+    """Writes what SparseML's recipe FILE asks for as an overlay for a recipe of yours, and says what could not be."""
+    parser = ArgumentParser(prog="train.py import-sparseml", description=import_sparseml.__doc__)
+    parser.add_argument("file", type=Path, help="a recipe in YAML, or Markdown with one at its head")
+    parser.add_argument("--output", type=Path, help="the file to write; <FILE>.imported.yaml if not given")
+    parser.add_argument("--prefix", default="net.", help="what the LightningModule calls the network (%(default)s)")
+    asked = parser.parse_args(words)
+    if not asked.file.is_file():
+        raise InputError(f"no recipe at '{asked.file}'")
+    try:
+        text = asked.file.read_text()
+    except UnicodeDecodeError as error:
+        raise InputError(f"'{asked.file}' is no text: {error}") from error
+    found = sparseml.translate(text, asked.prefix)
+    output = asked.output or asked.file.with_suffix(".imported.yaml")
+    with export.written(output) as partial:
+        partial.write_text(found.text(asked.file.name))
+    for remark in found.remarks:
+        print(f"- {remark}")
+    print(f"recipe: {output}")
+
+
 def main(args: ArgsType = None) -> None:
     """Runs the command line. Status 2 and a plain message: input that cannot work; 130: Ctrl-C."""
     words = sys.argv[1:] if args is None else args
@@ -442,6 +528,12 @@ def main(args: ArgsType = None) -> None:
         sys.exit(bench(words[1:]))
     if isinstance(words, list) and words[:1] == ["completion"]:
         return completion(words[1:])
+    if isinstance(words, list) and words[:1] == ["import-sparseml"]:
+        try:
+            return import_sparseml(words[1:])
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
     # Lightning's own call, and its advice to add workers, which data in memory does not need.
     warnings.filterwarnings("ignore", r".*LeafSpec\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*does not have many workers")

@@ -11,6 +11,7 @@ from .gradual import GMP, LAMP, GlobalMP
 from .interrupt import SaveOnInterrupt
 from .learned import PGF, SRSTE, STE, GumbelNM
 from .lottery import SWAMP, IterativeMagnitude
+from .migration import ModelPruning
 from .oneshot import ASP, OneShot
 from .report import SparsityReport
 from .sparsify import Sparsify
@@ -20,6 +21,6 @@ from .supermask import EdgePopup, LotteryJackpot, SignedSupermask
 __all__ = [
     "ASP", "FLASH", "GMP", "LAMP", "PGF", "SET", "SRSTE", "STE", "SWAMP", "ConstantMask", "DryRun", "EdgePopup",
     "FedDST", "FedSGC", "GlobalMP", "GraNet", "GumbelNM", "HyperSparse", "IterativeMagnitude", "LotteryJackpot",
-    "OneShot", "PruneFL", "RigL", "SaveOnInterrupt", "SignedSupermask", "SparseMomentum", "Sparsify", "SparsityReport",
-    "StaticMask",
+    "ModelPruning", "OneShot", "PruneFL", "RigL", "SaveOnInterrupt", "SignedSupermask", "SparseMomentum", "Sparsify",
+    "SparsityReport", "StaticMask",
 ]  # fmt: skip

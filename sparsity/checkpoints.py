@@ -1,6 +1,7 @@
 """Checkpoints: read without running any code from them, or refused in a sentence."""
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from sparsity.errors import InputError
+from sparsity.masks import Masks
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -34,10 +36,14 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a checkpoint's `state_dict` into the model; raises `InputError` where it belongs to another model."""
+    """Loads a checkpoint's `state_dict` into the model; raises `InputError` where it belongs to another model.
+
+    One of a network under `torch.nn.utils.prune` is loaded with the weights that it computes with.
+    """
     state = read(path).get("state_dict")
     if not isinstance(state, dict):
         raise InputError(f"'{path}' has no 'state_dict': give a checkpoint that a Lightning trainer saved")
+    state, _ = without_masks(state)
     own = model.state_dict()
     wrong = own.keys() ^ state.keys()
     wrong |= {name for name in own.keys() & state.keys() if _shape(own[name]) != _shape(state[name])}
@@ -47,6 +53,23 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"for example '{sorted(wrong)[0]}'"
         )
     model.load_state_dict(state)
+
+
+def without_masks(state: Mapping[str, Any]) -> tuple[dict[str, Any], Masks]:
+    """The plain state dict of a network under `torch.nn.utils.prune`, and its masks; the same state where it has none.
+
+    Of each pair `weight_orig`, `weight_mask` the weight is made, exactly zero where it is pruned. Raises `InputError`
+    for a mask that has another shape, or other values than 0 and 1.
+    """
+    found, masks = dict(state), {}
+    for name in [each for each in state if each.endswith("_mask") and f"{each.removesuffix('_mask')}_orig" in state]:
+        weight = name.removesuffix("_mask")
+        mask, original = found.pop(name), found.pop(f"{weight}_orig")
+        if _shape(mask) is None or _shape(mask) != _shape(original) or not bool(((mask == 0) | (mask == 1)).all()):
+            raise InputError(f"'{name}' is no mask of '{weight}_orig': give zeros and ones of its shape")
+        masks[weight] = mask != 0
+        found[weight] = original.masked_fill(~masks[weight], 0)
+    return found, masks
 
 
 def _shape(value: object) -> object:

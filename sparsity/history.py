@@ -85,4 +85,4 @@ class History:
 
 def dead_neurons(masks: Mapping[str, Tensor]) -> int:
     """How many rows (axis 0: neurons, output channels) of all masks keep nothing."""
-    return sum(int((mask.flatten(1).sum(1) == 0).count_nonzero()) for mask in masks.values())
+    return sum(int((mask.flatten(1).sum(1) == 0).count_nonzero()) for mask in masks.values() if mask.ndim > 1)

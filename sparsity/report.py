@@ -36,9 +36,10 @@ def _layer(mask: Tensor, pattern: str, turned: bool) -> dict[str, Any]:
     face = mask.transpose(0, 1) if turned and mask.ndim > 1 else mask
     found = {
         "shape": list(mask.shape), "density": int(mask.count_nonzero()) / mask.numel(), "pattern": pattern,
-        "dead_outputs": int((face.flatten(1).sum(1) == 0).count_nonzero()),
+        "dead_outputs": 0,
     }  # fmt: skip
     if mask.ndim > 1:
+        found["dead_outputs"] = int((face.flatten(1).sum(1) == 0).count_nonzero())
         found["dead_inputs"] = int((face.transpose(0, 1).flatten(1).sum(1) == 0).count_nonzero())
     return found
 

@@ -113,7 +113,21 @@ def shrunk_like(model: nn.Module, manifest: Manifest) -> nn.Module:
                 if type(new) is not int or not 0 < new < old:
                     raise InputError(f"'{name}' has {size}={old} in the model, the manifest says {new!r}")
                 setattr(module, size, new)
+        _check_sizes(name, module)
     return found
+
+
+def _check_sizes(name: str, module: nn.Module) -> None:
+    """Raises `InputError` where a layer's weight is not of the sizes that it says."""
+    weight = module._parameters.get("weight")
+    if weight is None or not isinstance(module, COUPLED_LAYERS):
+        return
+    if isinstance(module, nn.Linear):
+        said = [module.out_features, module.in_features]
+    else:
+        said = [module.out_channels, module.in_channels // module.groups]
+    if list(weight.shape[:2]) != said:
+        raise InputError(f"'{name}' says it has {said} outputs and inputs, its weight has {list(weight.shape[:2])}")
 
 
 def _largest(module: nn.Module, key: str, tensor: Tensor | None) -> list[int] | None:

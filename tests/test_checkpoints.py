@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
-from sparsity.checkpoints import load_weights, read
+from sparsity import masks
+from sparsity.checkpoints import load_weights, read, without_masks
 from sparsity.errors import InputError
 
 DAMAGED = r"^the checkpoint '{}' is truncated or corrupt: take an earlier one or save it again$"
@@ -183,3 +185,49 @@ def test_weights_of_another_model_are_refused(path: Path, saved: nn.Module, coun
     with pytest.raises(InputError, match=message):
         load_weights(model, path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def pruned_by_torch() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 5), nn.LSTM(5, 3))
+    prune.random_unstructured(model[0], "weight", 0.5)  # type: ignore[no-untyped-call]  # torch's
+    for parts in ([(model[2], "weight"), (model[2], "bias")], [(model[3], "weight_hh_l0")]):
+        prune.global_unstructured(parts, prune.L1Unstructured, amount=0.5)
+    return model
+
+
+def test_masks_of_torch_prune_become_ours(path: Path) -> None:
+    model = pruned_by_torch()
+    state, found = without_masks(model.state_dict())
+    assert set(found) == {"0.weight", "2.weight", "2.bias", "3.weight_hh_l0"}
+    for name, mask in found.items():
+        owner, _, leaf = name.rpartition(".")
+        computed = getattr(model.get_submodule(owner), leaf)
+        assert mask.dtype == torch.bool
+        assert torch.equal(mask, model.get_buffer(f"{name}_mask").bool())
+        assert torch.equal(state[name], computed)
+        assert not state[name][~mask].signbit().any()
+    plain = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 5), nn.LSTM(5, 3))
+    plain.load_state_dict(state)
+    masks.save(found, path)
+    assert masks.fingerprint(masks.load(path)) == masks.fingerprint(found)
+
+
+def test_a_checkpoint_of_torch_prune_is_loaded(path: Path) -> None:
+    model = pruned_by_torch()
+    torch.save({"state_dict": model.state_dict()}, path)
+    plain = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 5), nn.LSTM(5, 3))
+    load_weights(plain, path)
+    image = torch.randn(4, 2, 3, 3)
+    assert torch.equal(plain(image)[0], model(image)[0])
+
+
+def test_a_state_without_masks_is_left_as_it_is() -> None:
+    state = {"a.weight": torch.ones(2), "attn_mask": torch.ones(2), "b_orig": torch.ones(1)}
+    assert without_masks(state) == (state, {})
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 2), torch.tensor([0.5, 1.0]), torch.tensor([torch.nan, 1.0]), 1, None])
+def test_what_is_no_mask_is_refused(mask: Any) -> None:
+    with pytest.raises(InputError, match="'a_mask' is no mask of 'a_orig'"):
+        without_masks({"a_orig": torch.ones(2), "a_mask": mask})

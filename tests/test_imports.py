@@ -11,11 +11,14 @@ ROOT = Path(__file__).parents[1]
 LEAVES = {"errors", "ops", "version"}
 ALLOWED = {
     "errors": set(), "version": set(), "ops": set(), "convert": {"errors", "masks", "ops"},
+    "export": {"errors", "export", "patterns", "shards", "shrink", "targets"},
+    "sparseml": {"errors"},
     "advice": {"convert", "errors", "masks"}, "coupled": {"errors"}, "shrink": {"coupled", "errors"},
     "shards": {"errors"}, "compact": {"errors"}, "upkeep": {"compact", "ops", "shards"},
     "masks": {"errors", "shards"}, "targets": {"errors"}, "schedules": {"errors"},
     "scores": {"compact", "errors", "ops", "shards"},
-    "checkpoints": {"errors"}, "distributions": {"errors", "ops", "targets"}, "patterns": {"errors", "ops", "masks"},
+    "checkpoints": {"errors", "masks"},
+    "distributions": {"errors", "ops", "targets"}, "patterns": {"errors", "ops", "masks"},
     "history": {"masks"}, "redistribution": {"scores"},
     "sparsifier": {"compact", "errors", "history", "masks", "ops", "targets", "scores", "distributions", "patterns",
                    "schedules", "shards", "upkeep"},

@@ -16,7 +16,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_python_blocks_run(
+    block: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # what blocks write goes there
+
     def quiet(callbacks: list[pl.Callback], **settings: object) -> pl.Trainer:
         return trainer(*callbacks, epochs=2)
 

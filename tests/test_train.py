@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import train
+from sparsity import export as exported
 from sparsity import masks, models
 from sparsity.patterns import nm_mask
 
@@ -323,3 +324,49 @@ def test_no_completion_for_a_shell_that_nobody_has(capsys: pytest.CaptureFixture
         train.main(["completion", "sh"])
     assert ended.value.code == 2
     assert "bash,zsh" in capsys.readouterr().err
+
+
+def test_export_writes_what_loads_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path)
+    checkpoint = str(newest(tmp_path, "last.ckpt"))
+    export = ["export", "--config", str(RECIPE), "--ckpt_path", checkpoint]
+    call(tmp_path, *export)
+    path = newest(tmp_path, "compressed.safetensors")
+    assert capsys.readouterr().out.splitlines()[-1] == f"export: {path}"
+    result = json.loads(path.with_name(f"{path.name}.json").read_text())
+    assert result["bytes"] == {"dense": 4 * (50_200 + 410), "written": path.stat().st_size}
+    assert result["bytes"]["written"] < 0.2 * result["bytes"]["dense"]
+    trained = weights(tmp_path)
+    assert all(torch.equal(value, trained[name]) for name, value in exported.read(path).items())
+    assert exported.read(path).keys() == trained.keys()
+
+    output = tmp_path / "net.pt2"
+    call(tmp_path, *export, "--format=torch", "--part=net", f"--output={output}")
+    program = torch.export.load(output).module()
+    images = torch.rand(3, 1, 8, 8)
+    hidden = images.flatten(1)
+    for layer in ("fc1", "fc2", "fc3"):
+        hidden = hidden @ trained[f"net.{layer}.weight"].T + trained[f"net.{layer}.bias"]
+        hidden = hidden.relu() if layer != "fc3" else hidden
+    torch.testing.assert_close(program(images), hidden)
+
+
+EXPORT_ERRORS = {
+    "--part=head": "error: the model has no part called 'head': its parts are net",
+    "--format=nm": "error: no weight keeps at most 2 of each 4",
+    "--format=zip": "error: format: ",
+    "--ckpt_path=null": "error: export needs the checkpoint of a trained network",
+}
+
+
+def test_exports_that_cannot_be_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path)
+    checkpoint = str(newest(tmp_path, "last.ckpt"))
+    for argument, message in EXPORT_ERRORS.items():
+        with pytest.raises(SystemExit) as stop:
+            call(tmp_path, "export", "--config", str(RECIPE), "--ckpt_path", checkpoint, argument)
+        assert stop.value.code == 2
+        complaint = capsys.readouterr().err
+        assert message in complaint
+        assert "Traceback" not in complaint
+    assert not list(tmp_path.rglob("compressed.safetensors*"))
