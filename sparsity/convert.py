@@ -2,15 +2,17 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor, nn
 
 from sparsity.errors import InputError
 from sparsity.masks import Masks
 from sparsity.ops import block_sparse_linear, sparse_linear
-from sparsity.ops.blocks import SIDES, compressed_blocks, decompressed_blocks, in_blocks
+from sparsity.ops.blocks import SIDES, compressed_blocks, decompressed_blocks, in_blocks, kept_blocks
 from sparsity.ops.linear import Rows, compressed, decompressed
+
+DENSITY = 0.2  # up to which a layer of kept weights is taken to pay
 
 
 class KeptLinear(nn.Module):
@@ -79,16 +81,38 @@ class BlockSparseLinear(KeptLinear):
 
 
 def kept_linear(layer: nn.Linear, mask: Tensor) -> KeptLinear:
-    """The layer by what its mask keeps: by the largest blocks that the mask is made of, or else by single weights.
+    """The layer by what its mask keeps: by the largest blocks that the mask is made of, or else by single weights."""
+    side = block_side(mask)
+    if side is None:
+        return SparseLinear(layer.weight, layer.bias, mask)
+    return BlockSparseLinear(layer.weight, layer.bias, mask, side)
+
+
+def block_side(mask: Tensor) -> int | None:
+    """The side of the largest blocks that a mask is made of, None where single weights are what it keeps.
 
     Blocks that mostly lie beyond the weight are not taken: what they hold may exceed what is kept by a quarter.
     """
     for side in reversed(SIDES):
-        if in_blocks(mask, side):
-            found = BlockSparseLinear(layer.weight, layer.bias, mask, side)
-            if found.values.numel() <= 1.25 * found.kept:
-                return found
-    return SparseLinear(layer.weight, layer.bias, mask)
+        if in_blocks(mask, side) and kept_blocks(mask, side) * side**2 <= 1.25 * int(mask.count_nonzero()):
+            return side
+    return None
+
+
+def kernels(module: nn.Module, masks: Mapping[str, Tensor], density: float = DENSITY) -> dict[str, str]:
+    """What would run each masked weight after `to_sparse`, by name: "dense", "rows", or "blocks of 32" and their kin.
+
+    The rule is that of `to_sparse`; nothing is measured.
+    """
+    linear = {f"{name}.weight" if name else "weight" for name in linear_layers(module)}
+
+    def kernel(name: str, mask: Tensor) -> str:
+        if name not in linear or not _pays(mask, density):
+            return "dense"
+        side = block_side(mask)
+        return "rows" if side is None else f"blocks of {side}"
+
+    return {name: kernel(name, mask) for name, mask in masks.items()}
 
 
 def mask_of(name: str, layer: nn.Linear, masks: Masks | None) -> Tensor:
@@ -98,7 +122,7 @@ def mask_of(name: str, layer: nn.Linear, masks: Masks | None) -> Tensor:
 
 
 def to_sparse(
-    module: nn.Module, masks: Masks | None = None, density: float = 0.2, only: Collection[str] | None = None
+    module: nn.Module, masks: Masks | None = None, density: float = DENSITY, only: Collection[str] | None = None
 ) -> nn.Module:
     """A copy of the module whose linear layers of at most this density hold kept weights, or `only` these, by name.
 
@@ -117,7 +141,7 @@ def to_sparse(
             return layer
         layer = names[name]
         mask = mask_of(name, layer, masks)
-        if only is None and int(mask.count_nonzero()) > density * mask.numel():
+        if only is None and not _pays(mask, density):
             return layer
         found = kept_linear(layer, mask)
         found.values.requires_grad_(layer.weight.requires_grad)
@@ -126,6 +150,10 @@ def to_sparse(
         return found.train(layer.training)
 
     return _replaced(module, sparse)
+
+
+def _pays(mask: Tensor, density: float) -> bool:
+    return int(mask.count_nonzero()) <= density * mask.numel()
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:

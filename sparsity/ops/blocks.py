@@ -169,6 +169,11 @@ def in_blocks(mask: Tensor, side: int) -> bool:
     return not bool(_blocks_of(mask, side)[1].any())
 
 
+def kept_blocks(mask: Tensor, side: int) -> int:
+    """How many blocks of this size a mask keeps anything of."""
+    return int(_blocks_of(mask, side)[0].count_nonzero())
+
+
 def _blocks_of(mask: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Which blocks a mask keeps anything of, and which of them only in part."""
     some, missing = _cut(mask, side).flatten(2).any(2), _cut(~mask, side).flatten(2).any(2)
