@@ -1,9 +1,9 @@
 """The command line: `python train.py fit --config recipes/digits_lamp.yaml`.
 
 Subcommands: fit, validate, test, oneshot, which prunes a checkpoint without training, advise, which measures what
-sparse layers are worth on this machine, federate, which trains over the clients of a simulated federation, and bench,
-which runs the benchmarks of this repository that measure time. Every key of a recipe can be overridden, for example
-`--sparsity.sparsity=0.95`, `--sparsity=GMP` or `--sparsity=null` for the dense baseline.
+sparse layers are worth on this machine, federate, which trains over the clients of a simulated federation, diff, which
+compares two runs, and bench, which runs the benchmarks of this repository that measure time. Every key of a recipe can
+be overridden, for example `--sparsity.sparsity=0.95`, `--sparsity=GMP` or `--sparsity=null` for the dense baseline.
 """
 
 import difflib
@@ -27,7 +27,7 @@ from rich.console import Console
 
 import callbacks
 from callbacks import Sparsify, SparsityReport
-from sparsity import InputError, Sparsifier, advice, checkpoints, data, masks, models
+from sparsity import InputError, Sparsifier, advice, checkpoints, data, difference, masks, models
 from sparsity.distributions import Uniform
 from sparsity.federated import Federation, Protocol, Running, partition, simulation
 from sparsity.federated import report as federated
@@ -340,9 +340,36 @@ class Recipe:
         return found["model"], found["datamodule"], found["method"]
 
 
+ABOUT = """Sparse training and pruning: one recipe, one run. Two commands that train nothing are called as
+`train.py diff A B`, which compares two runs, checkpoints or mask files, and `train.py bench`, which measures time."""
+
+
 def run(trainer: type[Trainer], args: ArgsType = None) -> None:
     """The command line with this trainer."""
-    SparsityCLI(LightningModule, trainer_class=trainer, parser_class=PlainParser, subclass_mode_model=True, args=args)
+    SparsityCLI(
+        LightningModule, trainer_class=trainer, parser_class=PlainParser, subclass_mode_model=True, args=args,
+        parser_kwargs={"description": ABOUT},
+    )  # fmt: skip
+
+
+def diff(words: Sequence[str]) -> None:
+    """Compares two runs, checkpoints or mask files, and prints what they share.
+
+    Mask overlap of each layer beside what chance would give, densities, metrics, bytes.
+    """
+    parser = PlainParser(prog="train.py diff", description=inspect.getdoc(diff))
+    about = "the log folder of a run, a checkpoint, or a file of masks"
+    parser.add_argument("a", type=str, help=about)
+    parser.add_argument("b", type=str, help=about)
+    parser.add_argument("--json", type=str | None, default=None, metavar="FILE", help="where to write all of it")
+    given = parser.parse_args(list(words))
+    found = finite(difference.compare(given.a, given.b))
+    if given.json is not None:
+        try:
+            Path(given.json).write_text(json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write '{given.json}' (--json): {error.strerror}") from error
+    Console().print(difference.summary(found))
 
 
 TIMED = ("kernels", "overhead", "oneshot", "regrow", "penalty", "gumbel", "calibrate", "federation", "soak")
@@ -381,7 +408,10 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", r".*LeafSpec\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*does not have many workers")
     try:
-        run(SparseTrainer, args)
+        if isinstance(words, list) and words[:1] == ["diff"]:
+            diff(words[1:])
+        else:
+            run(SparseTrainer, args)
     except ValueError as error:
         # The parser wraps what a constructor raises in a message about types.
         if not isinstance(error, InputError) and "Union subtypes" not in str(error):

@@ -16,25 +16,23 @@ WIDTH, HEIGHT = 340, 190  # of a chart, in the units of its SVG
 LEFT, RIGHT, TOP, BOTTOM = 46, 330, 10, 156
 POINTS = 256  # of a line, at most
 BLUE = (40, 116, 186)
-LARGEST = 128  # cells along a side of a picture
+LARGEST = 320  # cells along a side of a picture
 
 Points = Sequence[tuple[float, float]]
 Chart = dict[str, Any]
 
 
-def chart(
-    title: str, lines: Mapping[str, Points], x_label: str, span: tuple[float, float] | None = None, stairs: bool = False
-) -> Chart:
+def chart(title: str, lines: Mapping[str, Points], x_label: str, within: Points = (), stairs: bool = False) -> Chart:
     """Lines over one another: their points and the ticks of both axes, in the units of the SVG, and a summary in words.
 
-    `span` is what the vertical axis shows at least. `stairs`: values hold until the next.
+    The axes reach to the points of `within`, too. `stairs`: values hold until the next, and the last to the end.
     """
-    xs = [x for points in lines.values() for x, _ in points]
-    ys = [y for points in lines.values() for _, y in points] + list(span or ())
+    every = [point for points in (*lines.values(), within) for point in points]
+    xs, ys = zip(*every, strict=True)
     across, up = _scale(min(xs), max(xs), LEFT, RIGHT), _scale(min(ys), max(ys), BOTTOM, TOP)
     drawn = []
     for name, points in lines.items():
-        path = _stairs(_thinned(points)) if stairs else _thinned(points)
+        path = _stairs(_thinned(points), max(xs)) if stairs else _thinned(points)
         drawn.append({
             "name": name, "last": short(points[-1][1]),
             "points": " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in path),
@@ -67,22 +65,12 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def bars(counts: Tensor, edge: float, widest: float, highest: float) -> str:
-    """A histogram as the outline of its bars, for an SVG of 100 by 40; both axes are those of several to compare.
-
-    `widest` is the largest edge, `highest` the largest count per unit of the horizontal axis.
-    """
-    heights = density_of(counts, edge) / highest
-    places = torch.linspace(50 - 50 * edge / widest, 50 + 50 * edge / widest, len(counts) + 1)
-    path = [f"M{float(places[0]):.1f} 40"]
-    for place, height in zip(places[1:].tolist(), heights.tolist(), strict=True):
-        path.append(f"V{40 - 38 * height:.1f}H{place:.1f}")
-    return "".join([*path, "V40"])
-
-
-def density_of(counts: Tensor, edge: float) -> Tensor:
-    """Counts per unit of the axis."""
-    return counts.double() * len(counts) / (2 * edge)
+def bars(heights: Tensor, edge: float, widest: float, highest: float) -> str:
+    """Bars from -edge to edge as an outline, for an SVG of 100 by 40 from -widest to widest and up to highest."""
+    places = torch.linspace(50 - 50 * edge / widest, 50 + 50 * edge / widest, len(heights) + 1).tolist()
+    tops = (40 - 38 * heights / highest).tolist()
+    path = [f"V{top:.1f}H{place:.1f}" for place, top in zip(places[1:], tops, strict=True)]
+    return f"M{places[0]:.1f} 40{''.join(path)}V40"
 
 
 def picture(shades: Tensor) -> str:
@@ -131,8 +119,6 @@ def _thinned(points: Points) -> Points:
     return points[::-every][::-1]
 
 
-def _stairs(points: Points) -> Points:
-    found = [points[0]]
-    for (_, before), (x, y) in pairwise(points):
-        found += [(x, before), (x, y)]
-    return found
+def _stairs(points: Points, end: float) -> Points:
+    corners = [corner for (_, before), (x, y) in pairwise(points) for corner in ((x, before), (x, y))]
+    return [points[0], *corners, (end, points[-1][1])]

@@ -11,10 +11,10 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
-from sparsity.drawing import bars, chart, density_of, mosaic, picture, short, smaller
+from sparsity.drawing import bars, chart, mosaic, picture, short, smaller
 from sparsity.history import History
 from sparsity.report import Report, is_urgent, size
-from sparsity.traces import Histogram, Traces
+from sparsity.traces import Traces
 
 COLUMNS = 240  # moments of the heat-map
 SHOWN = 12  # layers whose histograms are shown
@@ -33,7 +33,8 @@ def render(
     """
     layers, rounds = report["sparsity"]["layers"], report.get("rounds", [])
     heat = len(history.steps) > 1
-    charts = [*_metrics(traces), *(_moves(layers, history, asked) if heat else [])]
+    last = float(max([*history.steps[-1:], *(row["step"] for row in traces.rows[-1:])], default=0))
+    charts = [*_metrics(traces, last), *(_moves(layers, history, asked, last) if heat else [])]
     if "federated" in report:
         charts += _federated(rounds)
     pages = Environment(
@@ -46,8 +47,8 @@ def render(
         urgent=[each for each in report["warnings"] if is_urgent(each)],
         remarks=[each for each in report["warnings"] if not is_urgent(each)],
         heat=_heat(history) if heat else [], steps=history.steps, legend=_legend(),
-        weights=_weights(traces), left_out=max(0, len(traces.after) - SHOWN), pictures=_pictures(masks),
-        prod=math.prod,
+        weights=_weights(traces), before=bool(traces.before), left_out=max(0, len(traces.after) - SHOWN),
+        pictures=_pictures(masks), prod=math.prod,
     )  # fmt: skip
 
 
@@ -59,11 +60,10 @@ def save(page: str, path: Path) -> None:
 
 
 def headline(metrics: Mapping[str, float | None]) -> list[str]:
-    """Up to two metrics by which people know a run: accuracies first, of test before validation before training."""
+    """Up to two metrics by which people know a run: those of training last, accuracies first."""
 
-    def order(name: str) -> tuple[bool, int]:
-        split = next((place for place, each in enumerate(("test", "val", "train")) if name.startswith(each)), 3)
-        return "acc" not in name, split
+    def order(name: str) -> tuple[bool, bool, bool]:
+        return name.startswith("train"), "acc" not in name, not name.startswith("test")
 
     return sorted((name for name, value in metrics.items() if value is not None), key=order)[:2]
 
@@ -83,16 +83,23 @@ def words(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _metrics(traces: Traces) -> list[Any]:
+def _metrics(traces: Traces, last: float) -> list[Any]:
     """A chart for each kind of metric, with training, validation and test in one."""
     kinds: dict[str, Lines] = {}
     for name, points in traces.series().items():
         kinds.setdefault(re.sub(SPLITS, "", name), {})[name] = points
     order = sorted(kinds, key=lambda kind: "acc" not in kind)
-    return [chart(kind, kinds[kind], "optimizer step") for kind in order if len(next(iter(kinds[kind].values()))) > 1]
+    found = [(kind, kinds[kind]) for kind in order if max(map(len, kinds[kind].values())) > 1]
+    return [chart(kind, lines, "optimizer step", _span(lines, last)) for kind, lines in found]
 
 
-def _moves(layers: Mapping[str, Any], history: History, asked: Sequence[float]) -> list[Any]:
+def _span(lines: Lines, last: float) -> list[tuple[float, float]]:
+    """Points that make an axis reach from the first step of training to the last."""
+    value = next(iter(lines.values()))[0][1]
+    return [(0.0, value), (last, value)]
+
+
+def _moves(layers: Mapping[str, Any], history: History, asked: Sequence[float], last: float) -> list[Any]:
     """Charts of what the masks did: sparsity, churn, dead neurons."""
     sizes = torch.tensor([float(math.prod(layers[name]["shape"])) for name in history.names])
     kept = (history.densities().double() * sizes[:, None]).sum(0) / max(1.0, float(sizes.sum()))
@@ -104,14 +111,15 @@ def _moves(layers: Mapping[str, Any], history: History, asked: Sequence[float]) 
     def row(place: int) -> list[tuple[float, float]]:
         return [(float(step), row[place]) for step, row in zip(history.steps, history.rows, strict=True)]
 
+    whole = [(0.0, 0.0), (last, 1.0)]
     # The first masks replace none.
     moved = {"churn": row(0)[1:], "ever kept (R_s)": row(1)}
     found = [
-        chart("sparsity", lines, "optimizer step", (0, 1), stairs=True),
-        chart("mask churn", moved, "optimizer step", (0, 1)),
+        chart("sparsity", lines, "optimizer step", whole, stairs=True),
+        chart("mask churn", moved, "optimizer step", whole),
     ]
     if any(dead for _, dead in row(2)):
-        found.append(chart("neurons without a weight", {"dead": row(2)}, "optimizer step", (0, 0), stairs=True))
+        found.append(chart("neurons without a weight", {"dead": row(2)}, "optimizer step", whole, stairs=True))
     return found
 
 
@@ -127,10 +135,11 @@ def _federated(rounds: Sequence[Mapping[str, Any]]) -> list[Any]:
         name: [(row["round"] + 1.0, row[key] / 1e6) for row in rounds]
         for name, key in (("up", "bytes_up"), ("down", "bytes_down"))
     }
-    found = [chart("MB of each round", lines, "round", (0, 0))] if rounds else []
+    found = [chart("MB of each round", lines, "round", [(1.0, 0.0)])] if rounds else []
     if by_round:
-        found.insert(0, chart("accuracy on the validation split", {"by round": by_round}, "round"))
-        found.insert(1, chart("accuracy on the validation split", {"by MB": by_bytes}, "MB sent, both ways"))
+        title = "accuracy on the validation split"
+        found.insert(0, chart(title, {"by round": by_round}, "round", [(1.0, by_round[0][1])]))
+        found.insert(1, chart(title, {"by MB": by_bytes}, "MB sent, both ways", [(0.0, by_round[0][1])]))
     return found
 
 
@@ -151,21 +160,21 @@ def _legend() -> list[tuple[str, str]]:
 
 
 def _weights(traces: Traces) -> list[dict[str, Any]]:
-    """Histograms of the first layers, before and after on the same axes."""
+    """Histograms of the first layers: before and after on the same axes, drawn to the same area."""
     found = []
     for name, after in list(traces.after.items())[:SHOWN]:
         pair = {"before": traces.before.get(name), "after": after}
         drawn = {when: each for when, each in pair.items() if each and each["edge"]}
         if drawn:
+            heights = {when: each["counts"] / (each["counts"].sum() * each["edge"]) for when, each in drawn.items()}
             widest = max(each["edge"] for each in drawn.values())
-            highest = max(float(density_of(**each).max()) for each in drawn.values())
-            paths = {when: bars(**each, widest=widest, highest=highest) for when, each in drawn.items()}
-            found.append({"name": name, "edge": widest, "paths": paths, "counts": _totals(drawn)})
+            highest = max(float(each.max()) for each in heights.values())
+            found.append({
+                "name": name, "edge": widest,
+                "paths": {when: bars(heights[when], drawn[when]["edge"], widest, highest) for when in drawn},
+                "counts": {when: int(each["counts"].sum()) for when, each in drawn.items()},
+            })  # fmt: skip
     return found
-
-
-def _totals(drawn: Mapping[str, Histogram]) -> dict[str, int]:
-    return {when: int(each["counts"].sum()) for when, each in drawn.items()}
 
 
 def _pictures(masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:

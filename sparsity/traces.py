@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsity import shards
 
-BINS = 61  # odd, so that zero is in the middle of one
+BINS = 41  # odd, so that zero is in the middle of one
 ROWS = 1024  # more measurements than this are thinned out to every second one
 
 Histogram = dict[str, Any]
@@ -62,7 +62,7 @@ def histograms(weights: Mapping[str, Tensor]) -> dict[str, Histogram]:
 
 
 def histogram(weight: Tensor) -> Histogram:
-    """How many values lie in each of 61 equal bins from -edge to edge, the largest magnitude: `{"edge", "counts"}`.
+    """How many values lie in each of 41 equal bins from -edge to edge, the largest magnitude: `{"edge", "counts"}`.
 
     Zeros and what is not finite are left out.
     """

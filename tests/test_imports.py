@@ -45,6 +45,7 @@ ALLOWED = {
                 "permutation", "schedules", "shards", "sparsifier"},
     "constant": {"errors", "masks", "sparsifier", "targets"}, "report": {"masks", "shards"},
     "traces": {"shards"}, "drawing": set(), "page": {"drawing", "history", "report", "traces"},
+    "difference": {"checkpoints", "errors", "masks", "report", "targets"},
     "models": {"errors", "models"}, "data": {"errors", "data"},
     "callbacks": set(),
     "__init__": {"errors", "schedules", "sparsifier", "targets", "version"},
