@@ -98,7 +98,7 @@ class Side:
         if saved:
             try:
                 self.masks = masks.from_state(saved["sparsifier"]["masks"])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
                 raise InputError(f"the masks in '{path}' are damaged ({error!r}): save them again") from error
 
 

@@ -55,7 +55,7 @@ def render(
 def save(page: str, path: Path) -> None:
     """Writes the page in one piece or not at all."""
     partial = path.with_suffix(".html.partial")
-    partial.write_text(page, encoding="utf-8")
+    partial.write_text(page, encoding="utf-8", errors="backslashreplace")  # the name of a file may be no Unicode
     os.replace(partial, path)
 
 
@@ -180,7 +180,7 @@ def _weights(traces: Traces) -> list[dict[str, Any]]:
 def _pictures(masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """The masks of the first layers, and what the first keeps of each pixel where its inputs are those of a square."""
     found = []
-    for name, mask in [(name, mask) for name, mask in masks.items() if mask.numel() and not mask.all()][:PICTURED]:
+    for name, mask in [(name, mask) for name, mask in masks.items() if not mask.all()][:PICTURED]:
         kept = mask.cpu().float()
         if kept.ndim == 4 and kept[0, 0].numel() > 1:
             shades = mosaic(kept.mean(1))

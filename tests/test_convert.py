@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity import InputError, Sparsifier
-from sparsity.convert import BlockSparseLinear, SparseLinear, to_dense, to_sparse
+from sparsity.convert import BlockSparseLinear, SparseLinear, kernels, to_dense, to_sparse
 from sparsity.models import GPT, LeNet300100
 
 
@@ -188,3 +188,19 @@ def test_a_transformer() -> None:
 def test_densities_that_are_none_are_refused(density: float) -> None:
     with pytest.raises(InputError, match=rf"density={density}"):
         to_sparse(nn.Linear(2, 2), density=density)
+
+
+def test_kernels_are_what_to_sparse_takes() -> None:
+    masks = {
+        "0.weight": torch.rand(64, 64) < 0.1, "1.weight": torch.zeros(64, 64, dtype=torch.bool),
+        "2.weight": torch.rand(64, 64) < 0.5, "3.weight": torch.rand(4, 4, 3, 3) < 0.1,
+    }  # fmt: skip
+    masks["1.weight"][32:, :16] = True
+    layers = [nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.Conv2d(4, 4, 3)]
+    found = kernels(nn.Sequential(*layers), masks)
+    assert found == {"0.weight": "rows", "1.weight": "blocks of 16", "2.weight": "dense", "3.weight": "dense"}
+    sparse = to_sparse(nn.Sequential(*layers), masks)
+    assert [type(layer).__name__ for layer in sparse.children()] == [
+        "SparseLinear", "BlockSparseLinear", "Linear", "Conv2d",
+    ]  # fmt: skip
+    assert kernels(layers[0], {"weight": masks["2.weight"]}, density=0.6) == {"weight": "rows"}
