@@ -32,7 +32,7 @@ def render(
     `asked` is the sparsity that was asked for at each renewal of the `history`.
     """
     layers, rounds = report["sparsity"]["layers"], report.get("rounds", [])
-    heat = len(history.steps) > 1
+    heat = len(history.steps) > 1 and history.names == list(layers)  # a test may be of another model
     last = float(max([*history.steps[-1:], *(row["step"] for row in traces.rows[-1:])], default=0))
     charts = [*_metrics(traces, last), *(_moves(layers, history, asked, last) if heat else [])]
     if "federated" in report:

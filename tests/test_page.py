@@ -140,6 +140,12 @@ def test_what_a_run_does_not_have_is_left_out() -> None:
     assert "FLOPs, theoretical" not in found.words
 
 
+def test_the_history_of_another_model_is_left_out() -> None:
+    _, history = moved()
+    found = Page(page.render(written({"one": mask("x.")}), Traces(), {"one": mask("x.")}, history))
+    assert "density" not in found.sections
+
+
 def test_a_federation_has_accuracy_against_rounds_and_bytes() -> None:
     rounds = [
         {"round": number, "bytes_up": 1_000_000, "bytes_down": 3_000_000, "accuracy": accuracy}
