@@ -1,10 +1,11 @@
 """The command line: `python train.py fit --config recipes/digits_lamp.yaml`.
 
 Subcommands: fit, validate, test, oneshot, which prunes a checkpoint without training, advise, which measures what
-sparse layers are worth on this machine, export, which writes a checkpoint for others to read, import-sparseml, which
-translates a recipe, federate, which trains over the clients of a simulated federation, and bench, which runs the
-benchmarks of this repository that measure time. Every key of a recipe can be overridden, for example
-`--sparsity.sparsity=0.95`, `--sparsity=GMP` or `--sparsity=null` for the dense baseline.
+sparse layers are worth on this machine, export, which writes a checkpoint for others to read, and federate, which
+trains over the clients of a simulated federation; beside them diff, which compares two runs, import-sparseml, which
+translates a recipe, bench, which runs the benchmarks of this repository that measure time, and completion. Every key of
+a recipe can be overridden, for example `--sparsity.sparsity=0.95`, `--sparsity=GMP` or `--sparsity=null` for the dense
+baseline.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +35,7 @@ from torch import nn
 import callbacks
 from callbacks import DryRun, SaveOnInterrupt, Sparsify, SparsityReport
 from callbacks.interrupt import INTERRUPTED
-from sparsity import InputError, Sparsifier, advice, checkpoints, data, export, masks, models, sparseml
+from sparsity import InputError, Sparsifier, advice, checkpoints, data, difference, export, masks, models, sparseml
 from sparsity.distributions import Uniform
 from sparsity.federated import Federation, Protocol, Running, partition, simulation
 from sparsity.federated import report as federated
@@ -425,28 +426,52 @@ class Recipe:
         return found["model"], found["datamodule"], found["method"]
 
 
+ABOUT = """Sparse training and pruning: one recipe, one run. Beside the subcommands there are `train.py diff A B`, which
+compares two runs, checkpoints or mask files, `train.py import-sparseml FILE`, which translates a recipe, `train.py
+bench`, which measures time, and `train.py completion SHELL`."""
+
+
 def run(trainer: type[Trainer], args: ArgsType = None) -> None:
     """The command line with this trainer."""
     SparsityCLI(
         LightningModule, trainer_class=trainer, parser_class=PlainParser, subclass_mode_model=True, args=args,
-        parser_kwargs={"description": DESCRIPTION},
+        parser_kwargs={"description": ABOUT},
     )  # fmt: skip
 
 
-DESCRIPTION = "Sparse training and pruning. A recipe of recipes/ is a whole run: train.py fit --config RECIPE."
+def diff(words: Sequence[str]) -> None:
+    """Compares two runs, checkpoints or mask files, and prints what they share.
+
+    Mask overlap of each layer beside what chance would give, densities, metrics, bytes.
+    """
+    parser = PlainParser(prog="train.py diff", description=inspect.getdoc(diff))
+    about = "the log folder of a run, a checkpoint, or a file of masks"
+    parser.add_argument("a", type=str, help=about)
+    parser.add_argument("b", type=str, help=about)
+    parser.add_argument("--json", type=str | None, default=None, metavar="FILE", help="where to write all of it")
+    given = parser.parse_args(list(words))
+    found = finite(difference.compare(given.a, given.b))
+    if given.json is not None:
+        try:
+            Path(given.json).write_text(json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write '{given.json}' (--json): {error.strerror}") from error
+    Console().print(difference.summary(found))
+
+
 CTRL_C = 130  # the status that shells expect of a program that Ctrl-C has ended
 TIMED = ("kernels", "overhead", "oneshot", "regrow", "penalty", "gumbel", "calibrate", "federation", "soak")
 
 
-def bench(names: Sequence[str]) -> int:
+def bench(names: Sequence[str]) -> None:
     """Runs these benchmarks of the repository, or all that measure time; each writes its results and prints them.
 
     Those that train networks in the literature's protocols want data and hours: `python -m benchmarks.<name> --help`.
-    Returns how many failed.
+    The status is how many failed.
     """
     if "--help" in names:
         print(f"usage: train.py bench [name ...]\n\n{bench.__doc__}\n\nnames: {', '.join(TIMED)}")
-        return 0
+        return
     unknown = [name for name in names if name not in TIMED]
     if unknown:
         print(
@@ -459,7 +484,7 @@ def bench(names: Sequence[str]) -> int:
         failed += (
             subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=Path(__file__).parent).returncode != 0
         )
-    return failed
+    sys.exit(failed)
 
 
 class Completion(SparsityCLI):
@@ -521,24 +546,24 @@ def import_sparseml(words: Sequence[str]) -> None:
     print(f"recipe: {output}")
 
 
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "bench": bench, "completion": completion, "diff": diff, "import-sparseml": import_sparseml,
+}  # fmt: skip
+
+
 def main(args: ArgsType = None) -> None:
     """Runs the command line. Status 2 and a plain message: input that cannot work; 130: Ctrl-C."""
-    words = sys.argv[1:] if args is None else args
-    if isinstance(words, list) and words[:1] == ["bench"]:
-        sys.exit(bench(words[1:]))
-    if isinstance(words, list) and words[:1] == ["completion"]:
-        return completion(words[1:])
-    if isinstance(words, list) and words[:1] == ["import-sparseml"]:
-        try:
-            return import_sparseml(words[1:])
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+    given = sys.argv[1:] if args is None else args
+    words = given if isinstance(given, list) else []
+    command = COMMANDS.get(words[0]) if words else None
     # Lightning's own call, and its advice to add workers, which data in memory does not need.
     warnings.filterwarnings("ignore", r".*LeafSpec\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*does not have many workers")
     try:
-        run(SparseTrainer, args)
+        if command:
+            command(words[1:])
+        else:
+            run(SparseTrainer, args)
     except KeyboardInterrupt:
         sys.exit(CTRL_C)
     except SystemExit as ended:

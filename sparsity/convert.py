@@ -16,6 +16,8 @@ from sparsity.ops.blocks import SIDES, compressed_blocks, decompressed_blocks, i
 from sparsity.ops.linear import compressed, decompressed
 from sparsity.ops.semi import has_kernels, is_semi_sparse
 
+DENSITY = 0.2  # up to which a layer of kept weights is taken to pay
+
 
 class KeptLinear(nn.Module):
     """A linear layer of ``[in]`` to ``[out]`` that holds, and trains, its kept weights only: for fixed masks.
@@ -216,6 +218,21 @@ def forms_of(weight: Tensor, mask: Tensor) -> list[Form]:
     return found
 
 
+def kernels(module: nn.Module, masks: Mapping[str, Tensor], density: float = DENSITY) -> dict[str, str]:
+    """What would run each masked weight after `to_sparse`: "dense", "rows", "blocks of 32" and their kin, or "2:4".
+
+    The rule is that of `to_sparse`; nothing is measured.
+    """
+    layers = {f"{name}.weight" if name else "weight": layer for name, layer in linear_layers(module).items()}
+
+    def kernel(name: str, mask: Tensor) -> str:
+        form = form_of(layers[name].weight, mask, density) if name in layers else None
+        names = {None: "dense", SparseLinear: "rows", SemiSparseLinear: "2:4"}
+        return names[form] if form in names else f"blocks of {side_of(mask)}"
+
+    return {name: kernel(name, mask) for name, mask in masks.items()}
+
+
 def mask_of(name: str, layer: nn.Linear, masks: Masks | None) -> Tensor:
     """What is kept of a layer: by its mask, or else what is not zero."""
     found = (masks or {}).get(f"{name}.weight" if name else "weight", layer.weight != 0)
@@ -225,7 +242,7 @@ def mask_of(name: str, layer: nn.Linear, masks: Masks | None) -> Tensor:
 def to_sparse(
     module: nn.Module,
     masks: Masks | None = None,
-    density: float = 0.2,
+    density: float = DENSITY,
     forms: Mapping[str, Form] | None = None,
 ) -> nn.Module:
     """A copy of the module whose linear layers of at most this density hold kept weights.

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,24 +57,47 @@ def warnings(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return found
 
 
+def drift(target: float, achieved: float) -> list[str]:
+    """A warning where the sparsity is off by more than a thousandth: the run ended early, or a budget was not met."""
+    if abs(achieved - target) <= 1e-3:
+        return []
+    return [f"sparsity is {achieved:.4f}, and {target:.4f} was asked for"]
+
+
 def sizes(model: nn.Module, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, int]:
     """Bytes of the model's state dense, and stored with a bitmask and the kept values of each target."""
-    distinct = {(shards.local(value).data_ptr(), value.shape): value for value in model.state_dict().values()}
+    return state_sizes(model.state_dict(), counts(masks), weights)
+
+
+def state_sizes(state: Mapping[str, Any], kept: Mapping[str, int], weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Bytes of a state dense, and with those of `weights` stored; tensors that share their memory count once."""
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    distinct = {(shards.local(value).data_ptr(), value.shape): value for value in tensors}
     dense = sum(value.numel() * value.element_size() for value in distinct.values())
-    kept = counts(masks)
-    saved = 0
-    for name, weight in weights.items():
-        stored = kept[name] * weight.element_size() + math.ceil(weight.numel() / 8)
-        saved += max(0, weight.numel() * weight.element_size() - stored)
-    return {"dense": dense, "stored": dense - saved}
+    return {"dense": dense, "stored": dense - sum(nbytes(w) - stored(w, kept[name]) for name, w in weights.items())}
 
 
-@torch.no_grad()
+def nbytes(weight: Tensor) -> int:
+    """Bytes of all its values."""
+    return weight.numel() * weight.element_size()
+
+
+def stored(weight: Tensor, kept: int) -> int:
+    """Bytes of a bitmask and so many values, or of all values where these are fewer."""
+    return min(nbytes(weight), kept * weight.element_size() + math.ceil(weight.numel() / 8))
+
+
 def flops(model: nn.Module, inputs: tuple[Any, ...], masks: Mapping[str, Tensor]) -> dict[str, int]:
     """Theoretical FLOPs of one forward pass, dense, and with those of pruned weights left out.
 
     Two per multiply-add, counted by `torch.utils.flop_counter`; each module that owns targets is scaled by its density.
     """
+    return total_flops(module_flops(model, inputs), masks)
+
+
+@torch.no_grad()
+def module_flops(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
+    """Theoretical FLOPs of one dense forward pass, of each module by its name, and of the whole model under ""."""
     was_training = model.training
     model.eval()
     try:
@@ -82,12 +106,28 @@ def flops(model: nn.Module, inputs: tuple[Any, ...], masks: Mapping[str, Tensor]
     finally:
         model.train(was_training)
     found = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
-    root = type(model).__name__
-    skipped = sum(
-        (1 - density) * found.get(f"{root}.{owner}" if owner else root, 0)
-        for owner, density in _owner_density(masks).items()
-    )
-    return {"dense": found.get("Global", 0), "sparse": round(found.get("Global", 0) - skipped)}
+    root = f"{type(model).__name__}."
+    return {name.removeprefix(root): count for name, count in found.items() if name.startswith(root)} | {
+        "": found.get("Global", 0)
+    }
+
+
+def layer_flops(by_module: Mapping[str, int], masks: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """The FLOPs of each target, dense and of what is kept; those of a module are shared out by its targets' sizes."""
+    totals = Counter[str]()
+    for name, mask in masks.items():
+        totals[_owner(name)] += mask.numel()
+    found = {}
+    for name, kept in counts(masks).items():
+        each = by_module.get(_owner(name), 0) / max(1, totals[_owner(name)])
+        found[name] = {"dense": each * masks[name].numel(), "sparse": each * kept}
+    return found
+
+
+def total_flops(by_module: Mapping[str, int], masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """The FLOPs of the whole model, dense, and with those of pruned weights left out."""
+    skipped = sum(row["dense"] - row["sparse"] for row in layer_flops(by_module, masks).values())
+    return {"dense": by_module[""], "sparse": round(by_module[""] - skipped)}
 
 
 def save(report: Report, path: Path) -> None:
@@ -100,10 +140,24 @@ def save(report: Report, path: Path) -> None:
 
 def summary(report: Report) -> Group:
     """The report for the terminal: the table of its layers, what it comes to in bytes and FLOPs, and warnings."""
-    urgent = [f"[yellow]warning: {each}[/yellow]" for each in report["warnings"] if each.startswith("no weight")]
+    urgent = [f"[yellow]warning: {each}[/yellow]" for each in report["warnings"] if is_urgent(each)]
     others = len(report["warnings"]) - len(urgent)
     more = [f"{others} remarks on dead inputs and outputs are under `warnings` in the report"] if others else []
     return Group(_table(report), *_worth(report), *urgent, *more)
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def is_urgent(warning: str) -> bool:
+    """Whether a warning is of an empty layer or a sparsity that is not the one asked for, not of single neurons."""
+    return warning.startswith(("no weight", "sparsity"))
 
 
 def _table(report: Report) -> Table:
@@ -160,13 +214,6 @@ def _worth(report: Report) -> list[str]:
     return lines
 
 
-def _owner_density(masks: Mapping[str, Tensor]) -> dict[str, float]:
-    """The density of the targets that each module owns, by the module's name."""
-    kept = counts(masks)
-    totals: dict[str, int] = {}
-    found: dict[str, int] = {}
-    for name, mask in masks.items():
-        owner = name.rpartition(".")[0]
-        totals[owner] = totals.get(owner, 0) + mask.numel()
-        found[owner] = found.get(owner, 0) + kept[name]
-    return {owner: found[owner] / totals[owner] for owner in totals}
+def _owner(name: str) -> str:
+    """The module that a parameter belongs to, by its name."""
+    return name.rpartition(".")[0]

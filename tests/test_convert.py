@@ -15,6 +15,7 @@ from sparsity.convert import (
     SemiSparseLinear,
     ShrunkLinear,
     SparseLinear,
+    kernels,
     to_dense,
     to_semi_sparse,
     to_sparse,
@@ -359,3 +360,19 @@ def test_masks_that_move_train_as_in_linear_layers() -> None:
 def test_layers_that_are_none_are_named() -> None:
     with pytest.raises(InputError, match=r"only=\['fc9'\].*choose among \['fc1', 'fc2', 'fc3'\]"):
         to_semi_sparse(LeNet300100(), only=["fc9"])
+
+
+def test_kernels_are_what_to_sparse_takes() -> None:
+    masks = {
+        "0.weight": torch.rand(64, 64) < 0.1, "1.weight": torch.zeros(64, 64, dtype=torch.bool),
+        "2.weight": torch.rand(64, 64) < 0.5, "3.weight": torch.rand(4, 4, 3, 3) < 0.1,
+    }  # fmt: skip
+    masks["1.weight"][32:, :16] = True
+    layers = [nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.Conv2d(4, 4, 3)]
+    found = kernels(nn.Sequential(*layers), masks)
+    assert found == {"0.weight": "rows", "1.weight": "blocks of 16", "2.weight": "dense", "3.weight": "dense"}
+    sparse = to_sparse(nn.Sequential(*layers), masks)
+    assert [type(layer).__name__ for layer in sparse.children()] == [
+        "SparseLinear", "BlockSparseLinear", "Linear", "Conv2d",
+    ]  # fmt: skip
+    assert kernels(layers[0], {"weight": masks["2.weight"]}, density=0.6) == {"weight": "rows"}

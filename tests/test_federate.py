@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import train
+from tests.pages import Page
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes/federated").glob("*.yaml") if path.stem != "smoke")
@@ -58,6 +59,10 @@ def test_it_leaves_a_report_with_a_row_per_round(tmp_path: Path, capsys: pytest.
     wanted = {"round", "accuracy", "bytes_up", "bytes_down", "clients", "failures", "density"}
     assert all(wanted <= row.keys() for row in report["rounds"])
     assert [row["accuracy"] is not None for row in report["rounds"]] == [False, False, True] * 3
+    page = Page(newest(tmp_path, "report.html").read_text())
+    assert {"training", "layers", "masks", "federated"} <= set(page.sections)
+    assert page.outside() == []
+    assert any(each.startswith("accuracy on the validation split over MB sent") for each in page.summaries)
     found = report["federated"]
     assert found["bytes_up"] == sum(row["bytes_up"] for row in report["rounds"]) < found["bytes_dense"] / 4
     assert sum(found["samples"]) == 1294

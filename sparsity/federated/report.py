@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity.federated.coordinator import Row
 from sparsity.federated.simulation import Outcome
+from sparsity.report import size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,15 +52,6 @@ def line(row: Row, rounds: int, left: float) -> str:
         f"  {row['clients']} clients{failed}  {size(row['bytes_down'])} down  {size(row['bytes_up'])} up"
         f"  {row['seconds']:.1f} s  ETA {minutes}:{seconds:02d}"
     )
-
-
-def size(count: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def figure(runs: dict[str, Sequence[Row]]) -> "Figure":

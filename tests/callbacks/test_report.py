@@ -1,6 +1,7 @@
 """The report: numbers counted by hand, files that open, and no report where none is wanted."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from callbacks import LAMP, OneShot, SparsityReport
+from callbacks import GMP, LAMP, OneShot, SparsityReport
 from sparsity import report
-from tests.nets import Batch, Batches, Task, task, trainer
+from sparsity.schedules import Cubic
+from tests.nets import Batch, Batches, Net, SaveEpochs, Task, ValidatedTask, task, trainer
+from tests.pages import Page
 
 
 def written(folder: Path) -> dict[str, Any]:
@@ -30,18 +33,28 @@ def test_report_of_a_python_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     layers = result["sparsity"]["layers"]
     assert list(layers) == [f"net.{n}.weight" for n in ("conv", "fc", "tied", "frozen", "unused", "head")]
     weights = dict(model.named_parameters())
+    # A convolution has a weight in each of 2 x 2 places; one layer is never called.
+    dense = dict.fromkeys(weights, 0) | {
+        "net.conv.weight": 2 * 4 * 288, "net.fc.weight": 2 * 512, "net.tied.weight": 2 * 256,
+        "net.frozen.weight": 2 * 256, "net.head.weight": 2 * 48,
+    }  # fmt: skip
     for name, row in layers.items():
+        size, kept = weights[name].numel(), int(weights[name].count_nonzero())
         assert row == {
             "shape": list(weights[name].shape), "pattern": "unstructured",
-            "density": int(weights[name].count_nonzero()) / weights[name].numel(),
+            "density": kept / size,
             "dead_outputs": sum(not bool(part.any()) for part in weights[name]),
             "dead_inputs": sum(not bool(part.any()) for part in weights[name].transpose(0, 1)),
+            "bytes": {"dense": 4 * size, "stored": 4 * kept + math.ceil(size / 8)},
+            "flops": {"dense": dense[name], "sparse": round(dense[name] * kept / size)},
+            "kernel": "rows" if name == "net.fc.weight" else "dense",  # at most a fifth is kept
         }  # fmt: skip
     assert result["sparsity"]["target"] == result["sparsity"]["achieved"] == 0.75
     output = capsys.readouterr().out
     assert output.splitlines()[-1] == f"report: {tmp_path / 'report.json'}"
     assert "sparsity 0.7500 of 1,424 target weights" in output
     assert "neither faster nor its checkpoint smaller" in output
+    assert output.splitlines()[-2] == f"page: {tmp_path / 'report.html'}"
     with Image.open(tmp_path / "density.png") as picture:
         assert min(picture.size) > 300
         assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 10
@@ -134,3 +147,92 @@ def test_an_interrupted_write_leaves_the_old_report(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         report.save({"broken": float("nan")}, tmp_path / "report.json")
     assert written(tmp_path) == {"whole": 1}
+
+
+def pruned_then_reported(
+    folder: Path, *, report_first: bool = False, epochs: int = 4, ckpt_path: Path | None = None
+) -> SparsityReport:
+    """Prunes while it trains, validates, and saves a checkpoint at the end of every epoch."""
+    callbacks = [GMP(sparsity=0.75, schedule=Cubic(every=2)), SparsityReport(recipe="mine")]
+    reporter = callbacks[1]
+    assert isinstance(reporter, SparsityReport)
+    order = callbacks[::-1] if report_first else callbacks
+    task()
+    settings: dict[str, Any] = {"default_root_dir": folder, "enable_checkpointing": True}
+    runner = trainer(*order, SaveEpochs(folder), epochs=epochs, **settings)
+    runner.fit(ValidatedTask(), Batches(), Batches(2, seed=1), ckpt_path=ckpt_path, weights_only=True)
+    return reporter
+
+
+def test_the_page_of_a_run_has_the_numbers_of_its_report(tmp_path: Path) -> None:
+    reporter = pruned_then_reported(tmp_path)
+    result, found = written(tmp_path), Page((tmp_path / "report.html").read_text())
+    assert found.outside() == []
+    assert found.sections == ["warnings", "training", "metrics", "layers", "density", "weights", "masks"]
+    for (name, row), cells in zip(result["sparsity"]["layers"].items(), found.tables["Layers"][1:], strict=False):
+        assert cells[:6] == [
+            name, " x ".join(map(str, row["shape"])), f"{math.prod(row['shape'])}",
+            f"{row['density'] * math.prod(row['shape']):.0f}", f"{row['density']:.4f}", "unstructured",
+        ]  # fmt: skip
+        assert cells[-1] == row["kernel"]
+    assert found.tables["Metrics"][1:] == [["val/loss", f"{result['metrics']['val/loss']:.4g}"]]
+    assert [row["step"] for row in reporter.traces.rows] == [6, 12, 18, 24]
+    assert reporter.traces.rows[-1]["metrics"] == result["metrics"]
+    assert any(each.startswith("loss over optimizer step. val/loss:") for each in found.summaries)
+
+
+@pytest.mark.parametrize("report_first", [False, True])
+def test_histograms_are_of_the_weights_before_pruning_and_after(tmp_path: Path, report_first: bool) -> None:
+    traces = pruned_then_reported(tmp_path, report_first=report_first, epochs=2).traces
+    counts = {when: sum(int(each["counts"].sum()) for each in found.values())
+              for when, found in (("before", traces.before), ("after", traces.after))}  # fmt: skip
+    assert counts == {"before": 1424, "after": 356}
+
+
+def test_a_resumed_run_has_the_traces_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = pruned_then_reported(tmp_path / "whole").traces
+    resumed = pruned_then_reported(tmp_path / "again", ckpt_path=tmp_path / "whole" / "1.ckpt").traces
+    assert resumed.rows == whole.rows
+    assert all(torch.equal(resumed.before[name]["counts"], each["counts"]) for name, each in whole.before.items())
+    pages = [(tmp_path / name / "report.html").read_text() for name in ("whole", "again")]
+    assert pages[0] == pages[1]
+
+
+def test_layers_that_are_made_late_have_no_histogram_of_before(tmp_path: Path) -> None:
+    class Late(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Identity()  # type: ignore[assignment]  # until it is configured
+
+        def configure_model(self) -> None:
+            self.net = Net()
+
+    task()
+    model = Late()
+    reporter = SparsityReport()
+    trainer(reporter, LAMP(sparsity=0.5), default_root_dir=tmp_path).fit(model, Batches())
+    assert reporter.traces.before == {}
+    found = Page((tmp_path / "report.html").read_text())
+    assert "Weights" in found.headings
+
+
+def test_a_test_after_training_keeps_what_training_left(tmp_path: Path) -> None:
+    class Tested(ValidatedTask):
+        def test_step(self, batch: Batch, batch_idx: int) -> None:
+            self.log("test/loss", nn.functional.cross_entropy(self(batch[0]), batch[1]), batch_size=len(batch[0]))
+
+    task()
+    runner = trainer(GMP(sparsity=0.75, schedule=Cubic(every=2)), SparsityReport(), default_root_dir=tmp_path)
+    model = Tested()
+    runner.fit(model, Batches(), Batches(2, seed=1))
+    runner.test(model, Batches(2, seed=2), verbose=False)
+    found = Page((tmp_path / "report.html").read_text())
+    assert {"training", "density", "weights"} <= set(found.sections)
+    assert [row[0] for row in found.tables["Metrics"][1:]] == ["val/loss", "test/loss"]
+
+
+def test_a_sparsity_that_was_not_reached_is_the_first_warning() -> None:
+    assert report.drift(0.9, 0.9004) == report.drift(0.5, 0.5) == []
+    [early] = report.drift(0.9, 0.65)
+    assert early == "sparsity is 0.6500, and 0.9000 was asked for"
+    assert report.is_urgent(early)
