@@ -25,7 +25,9 @@ def test_every_file_that_is_no_module_is_package_data() -> None:
     folders = {"callbacks": "callbacks", "sparsity": "sparsity", "sparsity.recipes": "recipes",
                "sparsity.recipes.federated": "recipes/federated"}  # fmt: skip
     assert set(named) == set(folders)
-    packed = {path for package, globs in named.items() for glob in globs for path in (ROOT / folders[package]).glob(glob)}
+    packed = {
+        path for package, globs in named.items() for glob in globs for path in (ROOT / folders[package]).glob(glob)
+    }
     every = {path for top in ("callbacks", "sparsity", "recipes") for path in (ROOT / top).rglob("*")}
     plain = {path for path in every if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert packed == plain
