@@ -192,7 +192,12 @@ def figure(parts: Parts, labels: Tensor) -> "Figure":
     below = np.zeros(len(parts))
     for label, counts in enumerate(table.T):
         axes.bar(
-            np.arange(len(parts)), counts, bottom=below, width=1.0, color=colormaps["tab20"](label % 20), label=label
+            np.arange(len(parts)),
+            counts,
+            bottom=below,
+            width=1.0,
+            color=colormaps["tab20"](label % 20),
+            label=str(label),
         )
         below = below + counts
     axes.set(xlabel="client", ylabel="samples", xlim=(-0.5, len(parts) - 0.5))
