@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(RUN) -m pip install --disable-pip-version-check -q
 install = $(PIP) $(TORCH) && $(PIP) -c constraints.txt -e '.[$(1)]'
 
-.PHONY: demo test bench guarantees clean
+.PHONY: demo test docs bench guarantees clean
 
 demo: $(VENV)/.demo  ## train the quickstart recipe on real data, offline, and print its report
 	$(RUN) train.py fit --config recipes/digits_lamp.yaml
@@ -18,6 +18,10 @@ test: $(VENV)/.dev  ## lint, types, tests
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest -n auto
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.dev  ## the documentation, into site/; a warning is an error
+	$(RUN) -m mkdocs build --strict
 
 bench: $(VENV)/.demo  ## the measured results of the quickstart recipe, three seeds each
 	$(RUN) benchmarks/recipes.py digits_lamp
@@ -44,4 +48,4 @@ $(VENV)/.dev: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
 endif
 
 clean:
-	rm -rf $(VENV) *.egg-info build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) *.egg-info build dist site .mypy_cache .ruff_cache .pytest_cache

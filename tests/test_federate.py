@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import train
-from tests.pages import Page
+from tests.webpage import Page
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes/federated").glob("*.yaml") if path.stem != "smoke")

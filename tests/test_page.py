@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsity import page, report
 from sparsity.history import History
 from sparsity.traces import Traces, histogram
-from tests.pages import Page
+from tests.webpage import Page
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>&amp;{{ 7 * 7 }}"""
 

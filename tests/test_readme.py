@@ -4,15 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from tests.nets import Batches, task, trainer
+from tests import pages
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = [code for code, _ in pages.blocks(README)]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
@@ -20,11 +19,7 @@ def test_python_blocks_run(
     block: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # what blocks write goes there
-
-    def quiet(callbacks: list[pl.Callback], **settings: object) -> pl.Trainer:
-        return trainer(*callbacks, epochs=2)
-
-    names: dict[str, object] = {"Trainer": quiet, "model": task(), "datamodule": Batches()}
+    names = pages.names()
     exec(compile(block, "README.md", "exec"), names)
     if "trainer.fit" in block:
         model = names["model"]

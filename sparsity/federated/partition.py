@@ -192,10 +192,16 @@ def figure(parts: Parts, labels: Tensor) -> "Figure":
     below = np.zeros(len(parts))
     for label, counts in enumerate(table.T):
         axes.bar(
-            np.arange(len(parts)), counts, bottom=below, width=1.0, color=colormaps["tab20"](label % 20), label=label
+            np.arange(len(parts)),
+            counts,
+            bottom=below,
+            width=1.0,
+            color=colormaps["tab20"](label % 20),
+            label=str(label),
         )
         below = below + counts
     axes.set(xlabel="client", ylabel="samples", xlim=(-0.5, len(parts) - 0.5))
+    axes.locator_params(axis="x", integer=True)
     axes.set_title("Who holds what", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

@@ -17,7 +17,7 @@ from callbacks import GMP, LAMP, OneShot, SparsityReport
 from sparsity import report
 from sparsity.schedules import Cubic
 from tests.nets import Batch, Batches, Net, SaveEpochs, Task, ValidatedTask, task, trainer
-from tests.pages import Page
+from tests.webpage import Page
 
 
 def written(folder: Path) -> dict[str, Any]:
