@@ -50,7 +50,7 @@ ALLOWED = {
     "traces": {"shards"}, "drawing": set(), "page": {"drawing", "history", "report", "traces"},
     "difference": {"checkpoints", "errors", "masks", "report", "targets"},
     "models": {"errors", "models"}, "data": {"errors", "data"},
-    "callbacks": set(),
+    "callbacks": set(), "__main__": set(),
     "__init__": {"errors", "schedules", "sparsifier", "targets", "version"},
 }  # fmt: skip
 
