@@ -3,9 +3,9 @@
 Where the package is installed, `python -m sparsity fit ...` is the same.
 """
 
-from callbacks.commandline import TIMED, Progress, Recipe, main
+from callbacks.commandline import Progress, Recipe, main
 
-__all__ = ["TIMED", "Progress", "Recipe", "main"]
+__all__ = ["Progress", "Recipe", "main"]
 
 if __name__ == "__main__":
     main()

@@ -20,6 +20,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import readme
 from sparsity import Sparsifier, advice, models
 from sparsity.compact import Compact
 from sparsity.convert import to_sparse
@@ -261,6 +262,100 @@ def layers_table(rows: list[Row], what: str) -> str:
     return "\n".join(lines)
 
 
+def text(result: Row) -> str:
+    """All tables, in Markdown."""
+    layers = {(row["size"], row["batch"], row["density"]): row["ms"] for row in result["layers"]}
+    names = ("dense", "dense, bfloat16", "sparse", "torch's CSR")
+    beside = [
+        f"| 4096, {batch} | " + " | ".join(f"{layers[4096, batch, 0.1][name]:.2f}" for name in names) + " |"
+        for batch in (1, 32, 256)
+    ]
+    kinds = ("dense", "rows", "bitmap", "dense, bfloat16", "bitmap, bfloat16")
+    bitmaps = [
+        f"| {row['batch']}, {row['density']:g} | " + " | ".join(f"{row['ms'][kind]:.2f}" for kind in kinds) + " |"
+        for row in result["bitmap"]
+    ]
+    cells = {(row["side"], row["density"]): f"{row['forward']:.1f} / {row['step']:.1f}" for row in result["blocks"]}
+    sides = [f"| {side} | {' | '.join(cells[side, d] for d in (0.5, 0.2, 0.1))} |" for side in (16, 32, 64, 128)]
+    bsr = [row["ms"]["torch's BSR"] / row["ms"]["sparse"] for row in result["blocks"]]
+    networks = [
+        f"| {row['network']}, {100 * row['sparsity']:g} % zeros | {row['ms']['dense, serving']:.0f} ms | "
+        f"{row['serving']:.1f} | {row['ms']['dense, training']:.0f} ms | {row['training']:.1f} |"
+        for row in result["networks"]
+    ]
+    chosen, steps, masked = result["selection"]["ms"], result["optimizers"][0], result["masked"]["ms"]
+    ms = steps["ms"]
+    return f"""
+How many times as fast as dense, in float32, on two cores of an AMD EPYC with AVX-512: a square layer by size and rows
+of the batch, at densities from 50 to 2 % (`python -m benchmarks.kernels`, [results](results/kernels_cpu.json)). First
+the forward pass, then a training step: forward, the gradient of the input, and the gradient of the weight, which the
+dense layer writes into memory that it had before. Calls in turn, so that none finds its numbers in the cache.
+
+{layers_table(result["layers"], "forward")}
+
+{layers_table(result["layers"], "step")}
+
+The forward pass at 10 % in milliseconds, beside bfloat16 and what torch has for the same weight:
+
+| size, batch | dense | dense in bfloat16 | `sparse_linear` | torch's CSR |
+|---|---|---|---|---|
+{chr(10).join(beside)}
+
+A layer of 4096 x 4096 as a bitmap, the forward pass in milliseconds:
+
+| batch, density | dense | `sparse_linear` | `bitmap_linear` | dense in bfloat16 | `bitmap_linear` in bfloat16 |
+|---|---|---|---|---|---|
+{chr(10).join(bitmaps)}
+
+Square blocks, 4096 with a batch of 256: forward / step. torch's own BSR takes {min(bsr):.0f} to {max(bsr):.0f} times as
+long as ours, and has no gradients.
+
+| side | 50 % | 20 % | 10 % |
+|---|---|---|---|
+{chr(10).join(sides)}
+
+Whole networks, AdamW and everything else included: an MLP with a hidden layer of 4096 x 4096 on batches of 128, and a
+GPT of width 512 on 8 x 128 bytes, whose attention and embeddings stay dense.
+
+| network | serving, dense | times as fast | training step, dense | times as fast |
+|---|---|---|---|---|
+{chr(10).join(networks)}
+
+- The k-th largest of 50 million floats, which global pruning needs: {chosen["kth_largest"]:.0f} ms, `kthvalue`
+  {chosen["kthvalue"]:.0f}, `topk` {chosen["topk"]:.0f}, `sort` {chosen["sort"]:.0f}.
+- A step of AdamW on 4 million weights at 90 %: {ms["dense"]:.1f} ms dense, {ms["masked by hand"]:.1f} with masks by
+  hand, {ms["sparsifier"]:.1f} with our callbacks, {ms["compact"]:.1f} with `Compact`, {ms["compact, fused"]:.1f} with
+  `Compact` of a fused AdamW, whose state takes a tenth of the memory. Most of it is that gradients are masked.
+- A training step of the MLP with masks and dense products: {masked["dense"]:.0f} ms without masks,
+  {masked["masked"]:.0f} with them, {masked["masked, compact"]:.0f} with `Compact`.
+"""
+
+
+def short(result: Row) -> str:
+    """The few numbers that the README has of these tables."""
+    layers = {(row["size"], row["batch"], row["density"]): row for row in result["layers"]}
+    networks = {(row["network"], row["sparsity"]): row for row in result["networks"]}
+    lines = ["| | dense | 90 % zeros | 95 % zeros |", "|---|---|---|---|"]
+    for what, name in (("forward", "forward"), ("step", "forward and backward")):
+        for batch in (1, 32, 256):
+            low, high = layers[4096, batch, 0.1], layers[4096, batch, 0.05]
+            ms = low["ms"]["dense" if what == "forward" else "dense step"]
+            ratios = f"{low[what]:.1f} x | {high[what]:.1f} x"
+            lines.append(f"| a layer of 4096 x 4096, batch {batch}, {name} | {ms:.1f} ms | {ratios} |")
+    for network in ("MLP", "GPT"):
+        for what in ("serving", "training"):
+            low, high = networks[network, 0.9], networks[network, 0.95]
+            ms, ratios = low["ms"][f"dense, {what}"], f"{low[what]:.1f} x | {high[what]:.1f} x"
+            lines.append(f"| {network}, {what}, all of it | {ms:.0f} ms | {ratios} |")
+    masked = result["masked"]["ms"]
+    alone, compact = (masked["dense"] / masked[name] for name in ("masked", "masked, compact"))
+    lines.append(
+        f"| MLP, training with masks and dense products | {masked['dense']:.0f} ms | "
+        f"{alone:.2f} x, with `Compact` {compact:.2f} x | |"
+    )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
@@ -277,11 +372,9 @@ def main() -> None:
         "networks": [network(name, s) for name in ("MLP", "GPT") for s in (0.9, 0.95)],
     }  # fmt: skip
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["selection"]))
-    for what in ("forward", "step"):
-        print(f"{what}\n{layers_table(result['layers'], what)}")
-    for row in [*result["bitmap"], *result["blocks"], *result["optimizers"], result["masked"], *result["networks"]]:
-        print(json.dumps(row))
+    print(text(result))
+    readme.write("kernels", text(result), "benchmarks/README.md")
+    readme.write("speed", short(result))
 
 
 if __name__ == "__main__":

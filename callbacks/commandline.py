@@ -9,21 +9,15 @@ baseline.
 """
 
 import argparse
-import difflib
 import inspect
 import json
-import math
 import os
-import re
-import subprocess
 import sys
 import warnings
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
@@ -32,73 +26,21 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from rich.console import Console
 from torch import nn
 
-from sparsity import InputError, Sparsifier, advice, checkpoints, data, difference, export, masks, models, sparseml
+from sparsity import InputError, Sparsifier, advice, checkpoints, data, export, masks, models
 from sparsity.distributions import Uniform
 from sparsity.federated import Federation, Protocol, Running, partition, simulation
 from sparsity.federated import report as federated
 from sparsity.patterns import NM
+from sparsity.report import finite
 from sparsity.scores import Random
 
 from . import DryRun, SaveOnInterrupt, Sparsify, SparsityReport
-from . import __all__ as PUBLIC
+from .commands import bench, diff, import_sparseml, recipes
 from .interrupt import INTERRUPTED
+from .plain import PlainParser, reason
 
-ROOT = Path(__file__).parents[1]  # the repository, or where packages are installed
-RECIPES = ROOT / "sparsity" / "recipes" if (ROOT / "sparsity" / "recipes").is_dir() else ROOT / "recipes"
 # Imported, a module makes its classes known to recipes by their short names.
 CATALOGUE = (data, models, federated)
-
-
-class PlainParser(LightningArgumentParser):
-    """A parser whose errors are three plain lines: what is wrong, what came, what would work."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Abbreviations would let a typo such as --trainer.max_epoch pass.
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # a parser of a part, whose caller explains
-            super().error(message, ex)
-        key = re.search(r'^Parser key "?([\w.]+)"?:', message)
-        value = re.search(r"Given value: ([^\n(]+)$", message)
-        print(f"error: {key[1] + ': ' if key else ''}{_reason(message)}", file=sys.stderr)
-        if value:
-            print(f"got: {value[1]}", file=sys.stderr)
-        print(f"try: {_advice(message, self.prog)}", file=sys.stderr)
-        self.exit(2)
-
-
-NOISE = re.compile(r"^$|Does not validate|Subtypes: |Errors:$|NoneType|Given value|Expected a path but")
-
-
-def _reason(message: str) -> str:
-    """The lines of a parser's message that say what is wrong, in one."""
-    lines = re.sub(r'^Parser key "?[\w.]+"?:', "", message).splitlines()
-    text = " ".join(line.strip(" -") for line in lines if not NOISE.search(line.strip()))
-    text = re.sub(r"Problem with given class_path '(?:\w+\.)*(\w+)':", r"\1:", text)
-    return re.sub(r"Expected a dot import path string: (\w+)", r"no class is called '\1'", text)
-
-
-def _advice(message: str, program: str) -> str:
-    """What would work instead of an unknown method, an unknown option, or anything else."""
-    if option := re.search(r"class_path '(.+)':\s+Option '(\w+)' is not accepted", message):
-        accepted = _parameters(option[1])
-        near = difflib.get_close_matches(option[2], accepted, n=1)
-        return f"{near[0]}, one of: {', '.join(accepted)}" if near else f"one of: {', '.join(accepted)}"
-    if re.search(r'key "sparsity"', message) and "Problem with given class_path" not in message:
-        return f"one of: {', '.join(sorted(each.__name__ for each in _methods(Sparsify)))}, or null for dense"
-    return f"{program} --help"
-
-
-def _parameters(class_path: str) -> list[str]:
-    module, _, name = class_path.rpartition(".")
-    return list(inspect.signature(getattr(import_module(module), name)).parameters)
-
-
-def _methods(base: type) -> list[type]:
-    children: list[type] = base.__subclasses__()
-    found = [each for child in children for each in (child, *_methods(child))]
-    return [each for each in found if each.__name__ in PUBLIC]
 
 
 class SparseTrainer(Trainer):
@@ -227,7 +169,11 @@ class SparseTrainer(Trainer):
             from sparsity.federated.flower import simulate
         else:
             from sparsity.federated.simulation import simulate
-        outcome = simulate(model, datamodule, method, federation, protocol, running, seed=seed, on_round=progress)
+        try:
+            outcome = simulate(model, datamodule, method, federation, protocol, running, seed=seed, on_round=progress)
+        except KeyboardInterrupt:
+            print(f"interrupted: --resume={folder} (or last) goes on from the last whole round", file=sys.stderr)
+            raise
         self.strategy.connect(model)
         self.save_checkpoint(folder / "federated.ckpt", weights_only=False)
         print(f"global model: {folder / 'federated.ckpt'}")
@@ -263,15 +209,6 @@ class SparseTrainer(Trainer):
                 "clients train for federation.rounds of protocol.local.epochs, and what is measured takes all samples: "
                 f"leave out {', '.join(f'trainer.{name}={getattr(self, name)}' for name in limits)}"
             )
-
-
-def finite(thing: Any) -> Any:
-    """The same with None for numbers that JSON has no way to write."""
-    if isinstance(thing, dict):
-        return {name: finite(each) for name, each in thing.items()}
-    if isinstance(thing, list):
-        return [finite(each) for each in thing]
-    return None if isinstance(thing, float) and not math.isfinite(thing) else thing
 
 
 class Progress:
@@ -442,67 +379,7 @@ def run(trainer: type[Trainer], args: ArgsType = None) -> None:
     )  # fmt: skip
 
 
-def diff(words: Sequence[str]) -> None:
-    """Compares two runs, checkpoints or mask files, and prints what they share.
-
-    Mask overlap of each layer beside what chance would give, densities, metrics, bytes.
-    """
-    parser = PlainParser(prog="train.py diff", description=inspect.getdoc(diff))
-    about = "the log folder of a run, a checkpoint, or a file of masks"
-    parser.add_argument("a", type=str, help=about)
-    parser.add_argument("b", type=str, help=about)
-    parser.add_argument("--json", type=str | None, default=None, metavar="FILE", help="where to write all of it")
-    given = parser.parse_args(list(words))
-    found = finite(difference.compare(given.a, given.b))
-    if given.json is not None:
-        try:
-            Path(given.json).write_text(json.dumps(found, indent=1) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write '{given.json}' (--json): {error.strerror}") from error
-    Console().print(difference.summary(found))
-
-
 CTRL_C = 130  # the status that shells expect of a program that Ctrl-C has ended
-TIMED = ("kernels", "overhead", "oneshot", "regrow", "penalty", "gumbel", "calibrate", "federation", "soak")
-
-
-def bench(names: Sequence[str]) -> None:
-    """Runs these benchmarks of the repository, or all that measure time; each writes its results and prints them.
-
-    Those that train networks in the literature's protocols want data and hours: `python -m benchmarks.<name> --help`.
-    The status is how many failed.
-    """
-    if "--help" in names:
-        print(f"usage: train.py bench [name ...]\n\n{bench.__doc__}\n\nnames: {', '.join(TIMED)}")
-        return
-    unknown = [name for name in names if name not in TIMED]
-    if unknown:
-        print(
-            f"error: no benchmark that measures time is called {unknown[0]!r}\ntry: {', '.join(TIMED)}", file=sys.stderr
-        )
-        sys.exit(2)
-    if not (ROOT / "benchmarks").is_dir():
-        print(
-            "error: benchmarks are not installed\ntry: train.py bench, in a checkout of the repository", file=sys.stderr
-        )
-        sys.exit(2)
-    failed = 0
-    for name in names or TIMED:
-        print(f"benchmarks.{name}", flush=True)
-        failed += subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=ROOT).returncode != 0
-    sys.exit(failed)
-
-
-def recipes(names: Sequence[str]) -> None:
-    """Prints these recipes, or, without a name, what there is: `recipes digits_lamp > mine.yaml`."""
-    found = {str(path.relative_to(RECIPES).with_suffix("")): path for path in sorted(RECIPES.rglob("*.yaml"))}
-    unknown = [name for name in names if name not in found]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], found, n=1)
-        print(f"error: no recipe is called {unknown[0]!r}\ntry: {', '.join(near or found)}", file=sys.stderr)
-        sys.exit(2)
-    table = [f"{name:40} {recipe.read_text().splitlines()[0].removeprefix('# ')}" for name, recipe in found.items()]
-    print("\n".join([found[name].read_text().rstrip() for name in names] or table))
 
 
 class Completion(SparsityCLI):
@@ -542,28 +419,6 @@ def completion(words: Sequence[str]) -> None:
     )
 
 
-def import_sparseml(words: Sequence[str]) -> None:
-    """Writes what SparseML's recipe FILE asks for as an overlay for a recipe of yours, and says what could not be."""
-    parser = ArgumentParser(prog="train.py import-sparseml", description=import_sparseml.__doc__)
-    parser.add_argument("file", type=Path, help="a recipe in YAML, or Markdown with one at its head")
-    parser.add_argument("--output", type=Path, help="the file to write; <FILE>.imported.yaml if not given")
-    parser.add_argument("--prefix", default="net.", help="what the LightningModule calls the network (%(default)s)")
-    asked = parser.parse_args(words)
-    if not asked.file.is_file():
-        raise InputError(f"no recipe at '{asked.file}'")
-    try:
-        text = asked.file.read_text()
-    except UnicodeDecodeError as error:
-        raise InputError(f"'{asked.file}' is no text: {error}") from error
-    found = sparseml.translate(text, asked.prefix)
-    output = asked.output or asked.file.with_suffix(".imported.yaml")
-    with export.written(output) as partial:
-        partial.write_text(found.text(asked.file.name))
-    for remark in found.remarks:
-        print(f"- {remark}")
-    print(f"recipe: {output}")
-
-
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "bench": bench, "completion": completion, "diff": diff, "recipes": recipes, "import-sparseml": import_sparseml,
 }  # fmt: skip
@@ -592,5 +447,5 @@ def main(args: ArgsType = None) -> None:
         # The parser wraps what a constructor raises in a message about types.
         if not isinstance(error, InputError) and "Union subtypes" not in str(error):
             raise
-        print(f"error: {_reason(str(error))}", file=sys.stderr)
+        print(f"error: {reason(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,7 @@ from .sparsify import Sparsify
 class FedSGC(Sparsify):
     """FedSGC (reconstructed): masks move first where a client and the whole federation agree.
 
-    Shi et al., "Gradient-congruity guided federated sparse training" (arXiv 2405.01189). The paper's tables were not
+    Tian et al., "Gradient-congruity guided federated sparse training" (arXiv 2405.01189). The paper's tables were not
     available: the rule follows its abstract and public code of its first author, with exact counts. Of the weights that
     a layer drops, a part are the smallest whose direction of late is opposite to that of the last global step; of those
     that it grows, a part first where they agree. The rest go by magnitude and gradient, as in FedDST. The server of the

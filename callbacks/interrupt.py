@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_info
 
 INTERRUPTED = "interrupted.ckpt"
 
@@ -42,6 +43,7 @@ class SaveOnInterrupt(Callback):
             self._restore()
             self.path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / INTERRUPTED
             trainer.save_checkpoint(self.path)
+            rank_zero_info(f"interrupted after step {self._step}: --ckpt_path={self.path} (or last) goes on from there")
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

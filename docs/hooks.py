@@ -9,14 +9,23 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-TEXTS = ("README.md", "recipes/README.md", "recipes/federated/README.md", "recipes/federated/FLOWER.md")
+TEXTS = (
+    "README.md",
+    "benchmarks/README.md",
+    "recipes/README.md",
+    "recipes/federated/README.md",
+    "recipes/federated/FLOWER.md",
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds them below `repository/` and `notebooks/`, so that links between them are checked like all others."""
     texts = [ROOT / name for name in TEXTS]
-    for path in {*texts, *(target for text in texts for target in linked(text))}:
+    for path in {target for text in texts for target in linked(text)} - set(texts):
         files.append(File.generated(config, f"repository/{path.relative_to(ROOT)}", abs_src_path=str(path)))
+    for text in texts:
+        content = text.read_text().replace("](docs/", "](../")  # pages of the site, which are there already
+        files.append(File.generated(config, f"repository/{text.relative_to(ROOT)}", content=content))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=page(json.loads(path.read_text()))))
     return files
@@ -24,7 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def linked(text: Path) -> set[Path]:
     """The files that a Markdown file links to or shows."""
-    links = re.findall(r"\]\((?!\w+:)([^)#]+)(?:#[^)]*)?\)", text.read_text())
+    links = re.findall(r"\]\((?!\w+:|docs/)([^)#]+)(?:#[^)]*)?\)", text.read_text())
     return {path for link in links if (path := (text.parent / link).resolve()).is_file()}
 
 

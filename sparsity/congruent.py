@@ -64,7 +64,7 @@ class GradientCongruity(Congruity):
 class Congruent(Dynamic):
     """Drops the smallest magnitudes and grows by the largest gradients, first where the federation agrees.
 
-    FedSGC, Shi et al. (arXiv 2405.01189), reconstructed: the paper's tables were not available, and its rule is taken
+    FedSGC, Tian et al. (arXiv 2405.01189), reconstructed: the paper's tables were not available, and its rule is taken
     from its abstract and from public code of its first author. Of k weights that a layer moves, part goes by
     congruity; without any, or before the first directions came, this is FedDST (Bibikar et al., AAAI 2022, arXiv
     2112.09824). What is dropped does not grow again at once, and the number of weights is exact, where public

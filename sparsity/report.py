@@ -130,6 +130,15 @@ def total_flops(by_module: Mapping[str, int], masks: Mapping[str, Tensor]) -> di
     return {"dense": by_module[""], "sparse": round(by_module[""] - skipped)}
 
 
+def finite(thing: Any) -> Any:
+    """The same with None for numbers that JSON has no way to write."""
+    if isinstance(thing, dict):
+        return {name: finite(each) for name, each in thing.items()}
+    if isinstance(thing, list):
+        return [finite(each) for each in thing]
+    return None if isinstance(thing, float) and not math.isfinite(thing) else thing
+
+
 def save(report: Report, path: Path) -> None:
     """Writes the report as JSON, in one piece or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,9 @@ def test_the_global_model_loads_in_test(tmp_path: Path) -> None:
     assert read(tmp_path)["metrics"]["test/acc"] == pytest.approx(measured, abs=1e-6)
 
 
-def test_it_goes_on_from_the_last_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_goes_on_from_the_last_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     short(tmp_path / "whole")
     progress = train.Progress.__call__
 
@@ -95,8 +97,10 @@ def test_it_goes_on_from_the_last_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Progress, "__call__", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit) as ended:
             short(tmp_path / "part")
+    assert ended.value.code == 130
+    assert "interrupted: --resume=" in capsys.readouterr().err
     short(tmp_path / "part", "--resume=last", "--workers=2")
     one, other = read(tmp_path / "whole"), read(tmp_path / "part")
     assert one["metrics"] == other["metrics"]

@@ -33,7 +33,14 @@ def test_python_blocks_run(
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "recipes/README.md", "recipes/federated/README.md", "recipes/federated/FLOWER.md"]
+    "page",
+    [
+        "README.md",
+        "benchmarks/README.md",
+        "recipes/README.md",
+        "recipes/federated/README.md",
+        "recipes/federated/FLOWER.md",
+    ],
 )
 def test_links_lead_to_files(page: str) -> None:
     text = (ROOT / page).read_text()

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import train
+from callbacks import commands
 from sparsity import export as exported
 from sparsity import masks, models
 from sparsity.patterns import nm_mask
@@ -277,7 +278,7 @@ def test_bench_runs_the_benchmarks_that_are_named(
         assert ended.value.code == code
     assert ran == [["-m", f"benchmarks.{name}"] for name in ("kernels", "kernels", "soak")]
     assert "no benchmark that measures time is called 'speed'" in capsys.readouterr().err
-    assert all((ROOT / f"benchmarks/{name}.py").exists() for name in train.TIMED)
+    assert all((ROOT / f"benchmarks/{name}.py").exists() for name in commands.TIMED)
 
 
 def test_a_dry_run_prints_the_budget_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
