@@ -1,5 +1,6 @@
 """The README's code runs, and what it says of files is true."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import kernels, methods, readme
 from tests import pages
 
 ROOT = Path(__file__).parents[1]
@@ -52,3 +54,13 @@ def test_commands_name_files_that_exist() -> None:
     for path in re.findall(r"recipes/[\w/]+\.yaml", README):
         assert (ROOT / path).is_file(), path
     assert torch.__version__.split("+")[0] in (ROOT / "constraints.txt").read_text()
+
+
+def test_tables_are_those_of_the_results() -> None:
+    results = ROOT / "benchmarks" / "results"
+    trained = json.loads((results / "methods.json").read_text())
+    assert readme.between("methods")[1] == methods.table(trained["summary"])
+    assert trained["summary"] == methods.summary(trained["runs"])
+    timed = json.loads((results / "kernels_cpu.json").read_text())
+    assert readme.between("speed")[1] == kernels.short(timed)
+    assert readme.between("kernels", "benchmarks/README.md")[1] == kernels.text(timed).strip()
