@@ -6,7 +6,10 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+import pytest
+
 import sparsity
+from callbacks import commands
 
 ROOT = Path(__file__).parents[1]
 SETUP = ConfigParser()
@@ -50,14 +53,22 @@ def sparsity_command(folder: Path, *words: str) -> subprocess.CompletedProcess[s
     )
 
 
+def test_recipes_can_be_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    commands.recipes([])
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} >= {
+        "digits_lamp",
+        "federated/digits_fedsgc",
+    }
+    commands.recipes(["digits_lamp"])
+    assert capsys.readouterr().out == (ROOT / "recipes/digits_lamp.yaml").read_text()
+    with pytest.raises(SystemExit) as ended:
+        commands.recipes(["digits_lmp"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "try: digits_lamp"
+
+
 def test_the_command_line_is_a_module(tmp_path: Path) -> None:
-    listed = sparsity_command(tmp_path, "recipes").stdout
-    assert {line.split()[0] for line in listed.splitlines()} >= {"digits_lamp", "federated/digits_fedsgc"}
-    recipe = sparsity_command(tmp_path, "recipes", "digits_lamp").stdout
-    assert recipe == (ROOT / "recipes/digits_lamp.yaml").read_text()
-    (tmp_path / "mine.yaml").write_text(recipe)
-    unknown = sparsity_command(tmp_path, "recipes", "digits_lmp")
-    assert (unknown.returncode, unknown.stderr.splitlines()[-1]) == (2, "try: digits_lamp")
+    (tmp_path / "mine.yaml").write_text((ROOT / "recipes/digits_lamp.yaml").read_text())
     wrong = sparsity_command(tmp_path, "fit", "--config", "mine.yaml", "--trainer.max_epoch=1")
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1] == "try: python -m sparsity [options] fit --help"
