@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
 from torch import nn
@@ -316,7 +315,8 @@ class SparsityCLI(LightningCLI):
         settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         if self._get(self.config_init, "dry_run"):
             self.save_config_callback = None
-            kept = [each for each in settings["callbacks"] or [] if not isinstance(each, Checkpoint)]
+            given = settings["callbacks"] or []
+            kept = [each for each in (given if isinstance(given, list) else [given]) if isinstance(each, Sparsify)]
             nothing = {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
             nothing |= {"enable_progress_bar": False, "enable_model_summary": False}
             return self._instantiate_trainer({**settings, **nothing, "callbacks": kept}, [*extra, DryRun()])
@@ -447,5 +447,5 @@ def main(args: ArgsType = None) -> None:
         # The parser wraps what a constructor raises in a message about types.
         if not isinstance(error, InputError) and "Union subtypes" not in str(error):
             raise
-        print(f"error: {reason(str(error))}", file=sys.stderr)
+        print(f"error: {reason(str(error)) if 'Union subtypes' in str(error) else error}", file=sys.stderr)
         sys.exit(2)

@@ -95,6 +95,8 @@ def import_sparseml(words: Sequence[str]) -> None:
         raise InputError(f"'{asked.file}' is no text: {error}") from error
     found = sparseml.translate(text, asked.prefix)
     output = asked.output or asked.file.with_suffix(".imported.yaml")
+    if output.exists():
+        raise InputError(f"'{output}' is there already: give another --output, or remove it")
     with export.written(output) as partial:
         partial.write_text(found.text(asked.file.name))
     for remark in found.remarks:

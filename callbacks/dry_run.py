@@ -1,5 +1,7 @@
 """DryRun: what a run would prune, before it trains."""
 
+import math
+
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console, Group
@@ -24,16 +26,17 @@ class DryRun(Callback):
         method = next((each for each in callbacks if isinstance(each, Sparsify)), None)
         if method is None:
             raise InputError("a dry run shows what a method would prune: give one (the recipe's `sparsity:`)")
-        _print(type(method).__name__, method.sparsifier, int(trainer.estimated_stepping_batches))
+        # On all ranks: weights that are spread over them are gathered.
+        _print(summary(type(method).__name__, method.sparsifier, trainer.estimated_stepping_batches))
         raise SystemExit(0)
 
 
 @rank_zero_only
-def _print(method: str, sparsifier: Sparsifier, steps: int) -> None:
-    Console().print(summary(method, sparsifier, steps))
+def _print(found: Group) -> None:
+    Console().print(found)
 
 
-def summary(method: str, sparsifier: Sparsifier, steps: int) -> Group:
+def summary(method: str, sparsifier: Sparsifier, steps: float) -> Group:
     """The targets of an attached sparsifier, what each keeps, and when, for a terminal."""
     kept, weights = sparsifier.budget(), sparsifier.weights()
     table = Table("target", "shape", "weights", "kept at the end", "density")
@@ -64,11 +67,12 @@ def _others(sparsifier: Sparsifier) -> list[str]:
     return [name for name, each in sparsifier.model.named_parameters() if each.ndim > 1 and id(each) not in taken]
 
 
-def _times(sparsifier: Sparsifier, steps: int) -> str:
+def _times(sparsifier: Sparsifier, steps: float) -> str:
+    length = f"{int(steps)}" if math.isfinite(steps) else "a training without end"
     planned = sparsifier.renewals()
     if not planned:
-        return f"masks as they are, for {steps} steps"
+        return f"masks as they are, in all of {length} steps"
     if len(planned) == 1:
-        return f"at step {planned[0]} of {steps}"
-    span = f"from step {planned[0]} to {planned[-1]} of {steps}"
+        return f"at step {planned[0]} of {length}"
+    span = f"from step {planned[0]} to {planned[-1]} of {length}"
     return f"masks are renewed {len(planned)} times, {span}; from {sparsifier.reached()} on they have this density"

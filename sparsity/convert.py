@@ -15,6 +15,7 @@ from sparsity.ops.bitmap import compressed_bitmap, decompressed_bitmap
 from sparsity.ops.blocks import SIDES, compressed_blocks, decompressed_blocks, in_blocks
 from sparsity.ops.linear import compressed, decompressed
 from sparsity.ops.semi import has_kernels, is_semi_sparse
+from sparsity.targets import clean
 
 DENSITY = 0.2  # up to which a layer of kept weights is taken to pay
 
@@ -223,7 +224,7 @@ def kernels(module: nn.Module, masks: Mapping[str, Tensor], density: float = DEN
 
     The rule is that of `to_sparse`; nothing is measured.
     """
-    layers = {f"{name}.weight" if name else "weight": layer for name, layer in linear_layers(module).items()}
+    layers = {clean(f"{name}.weight" if name else "weight"): layer for name, layer in linear_layers(module).items()}
 
     def kernel(name: str, mask: Tensor) -> str:
         form = form_of(layers[name].weight, mask, density) if name in layers else None
@@ -235,7 +236,7 @@ def kernels(module: nn.Module, masks: Mapping[str, Tensor], density: float = DEN
 
 def mask_of(name: str, layer: nn.Linear, masks: Masks | None) -> Tensor:
     """What is kept of a layer: by its mask, or else what is not zero."""
-    found = (masks or {}).get(f"{name}.weight" if name else "weight", layer.weight != 0)
+    found = (masks or {}).get(clean(f"{name}.weight" if name else "weight"), layer.weight != 0)
     return found.to(layer.weight.device)
 
 

@@ -47,10 +47,9 @@ class Side:
             raise InputError(f"'{self.path}' has no '{name}': it is of another model, or of other targets")
         return self.weights[name] != 0
 
-    def targets(self) -> list[str]:
-        """What has a mask, or else every matrix and filter."""
-        matrices = [name for name, value in self.weights.items() if value.ndim > 1 and value.is_floating_point()]
-        return list(self.masks) or matrices
+    def matrices(self) -> list[str]:
+        """Every matrix and filter."""
+        return [name for name, value in self.weights.items() if value.ndim > 1 and value.is_floating_point()]
 
     def sizes(self, names: Iterable[str]) -> dict[str, int] | None:
         """Bytes dense and stored, those of the report where there is one; None of masks alone."""
@@ -91,6 +90,7 @@ class Side:
         contents = checkpoints.read(path)
         state = contents.get("state_dict", contents)
         if isinstance(state, dict):
+            state, self.masks = checkpoints.without_masks(state)
             self.weights = {clean(str(name)): value for name, value in state.items() if isinstance(value, Tensor)}
         if not self.weights:
             raise InputError(f"'{path}' holds no weights: give a trainer's checkpoint, a state_dict or masks")
@@ -113,7 +113,8 @@ def compare(first: str | Path, second: str | Path) -> Row:
     Raises `InputError` for models that differ, by the name of the first weight that does.
     """
     a, b = Side(first), Side(second)
-    names = list(dict.fromkeys([*a.targets(), *b.targets()]))
+    masked = [*a.masks, *b.masks]
+    names = list(dict.fromkeys(masked or [*a.matrices(), *b.matrices()]))
     counts = {name: _counts(name, a, b) for name in names}
     total = [sum(each) for each in zip(*counts.values(), strict=True)]
     if not total:

@@ -186,7 +186,7 @@ def _pictures(masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
             shades = mosaic(kept.mean(1))
             about = f"the {len(kept)} filters of {kept.shape[2]} x {kept.shape[3]}, averaged over their inputs"
         else:
-            shades = kept.flatten(1)
+            shades = kept.reshape(len(kept), -1)
             about = f"{shades.shape[0]} rows (axis 0) by {shades.shape[1]} columns"
         found.append(_picture(name, about, shades))
     first, mask = next(iter(masks.items()), ("", torch.empty(0)))

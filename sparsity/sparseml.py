@@ -141,10 +141,15 @@ def _parsed(text: str) -> Settings:
     return found
 
 
-def _modifiers(thing: Any, depth: int = 0) -> Iterator[tuple[str, Settings]]:
-    """The modifiers by name, in the order of the recipe: tagged ones, and keys that are called so."""
-    if depth > 8:
+def _modifiers(thing: Any, depth: int = 0, seen: set[int] | None = None) -> Iterator[tuple[str, Settings]]:
+    """The modifiers by name, in the order of the recipe: tagged ones, and keys that are called so.
+
+    What an alias names again is looked at once: a file of a few lines could else be a tree without end.
+    """
+    seen = set() if seen is None else seen
+    if depth > 8 or (isinstance(thing, dict | list) and id(thing) in seen):
         return
+    seen.add(id(thing))
     if isinstance(thing, dict):
         if str(thing.get("__tag__", "")).endswith("Modifier"):
             yield thing["__tag__"], thing
@@ -153,10 +158,10 @@ def _modifiers(thing: Any, depth: int = 0) -> Iterator[tuple[str, Settings]]:
             if str(key).endswith("Modifier"):
                 yield str(key), value if isinstance(value, dict) else {}
             else:
-                yield from _modifiers(value, depth + 1)
+                yield from _modifiers(value, depth + 1, seen)
     elif isinstance(thing, list):
         for each in thing:
-            yield from _modifiers(each, depth + 1)
+            yield from _modifiers(each, depth + 1, seen)
 
 
 def _gradual(modifiers: list[Modifier], prefix: str) -> Settings:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from sparsity import shards
 
+COUNTED = 1 << 24  # up to which floats of 32 bits count
 BINS = 41  # odd, so that zero is in the middle of one
-ROWS = 1024  # more measurements than this are thinned out to every second one
+ROWS = 1024  # more measurements than this are put together, two and two
 
 Histogram = dict[str, Any]
 Row = dict[str, Any]
@@ -35,7 +36,7 @@ class Traces:
         elif found:
             self.rows.append({"step": step, "metrics": found})
         if len(self.rows) > ROWS:
-            self.rows = self.rows[::-2][::-1]  # the last row stays
+            self.rows = [_joined(*self.rows[i : i + 2]) for i in range(0, len(self.rows), 2)]
 
     def series(self) -> dict[str, list[tuple[float, float]]]:
         """Each metric by name as (step, value)."""
@@ -57,8 +58,13 @@ class Traces:
 
 def histograms(weights: Mapping[str, Tensor]) -> dict[str, Histogram]:
     """Those of the weights that hold values, by name; weights that are spread over processes are gathered."""
-    whole = {name: shards.whole(weight.detach()) for name, weight in weights.items() if not weight.is_meta}
-    return {name: histogram(weight) for name, weight in whole.items()}
+    return {name: histogram(shards.whole(weight.detach())) for name, weight in weights.items() if not weight.is_meta}
+
+
+def _joined(first: Row, *second: Row) -> Row:
+    """The later one of two rows, with what only the earlier one has."""
+    last = second[-1] if second else first
+    return {"step": last["step"], "metrics": first["metrics"] | last["metrics"]}
 
 
 def histogram(weight: Tensor) -> Histogram:
@@ -69,5 +75,7 @@ def histogram(weight: Tensor) -> Histogram:
     values = weight.cpu().float().flatten()  # on CUDA histc may give another result each time
     values = values[values.isfinite() & (values != 0)]
     edge = float(values.abs().max()) if values.numel() else 0.0
-    counts = torch.histc(values, BINS, -edge, edge) if edge else torch.zeros(BINS)
+    counts = torch.zeros(BINS, dtype=torch.float64)
+    for part in torch.split(values, COUNTED) if edge else ():
+        counts += torch.histc(part, BINS, -edge, edge)
     return {"edge": edge, "counts": counts}

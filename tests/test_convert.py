@@ -376,3 +376,17 @@ def test_kernels_are_what_to_sparse_takes() -> None:
         "SparseLinear", "BlockSparseLinear", "Linear", "Conv2d",
     ]  # fmt: skip
     assert kernels(layers[0], {"weight": masks["2.weight"]}, density=0.6) == {"weight": "rows"}
+
+
+def test_names_that_torch_compile_gives_are_those_of_the_masks() -> None:
+    net, sparsifier = pruned()
+    masks = {name: ~mask for name, mask in sparsifier.masks.items()}  # other than what is zero
+    wrapped = nn.Module()
+    wrapped.add_module("_orig_mod", net)  # as torch.compile wraps a module
+    plain = kernels(net, sparsifier.masks)
+    assert plain == kernels(wrapped, sparsifier.masks)
+    assert set(plain.values()) != {"dense"}
+    name = next(each for each, kernel in plain.items() if kernel != "dense")
+    layer = to_sparse(wrapped, masks, density=1.0).get_submodule(f"_orig_mod.{name.removesuffix('.weight')}")
+    assert isinstance(layer, SparseLinear)
+    assert layer.kept == int(masks[name].count_nonzero())

@@ -158,3 +158,18 @@ def test_the_command_prints_writes_and_ends_with_a_plain_error(
     with pytest.raises(SystemExit):
         train.main()
     assert "train.py diff" in capsys.readouterr().out
+
+
+def test_masks_beside_weights_without_masks_leave_other_matrices_alone(tmp_path: Path) -> None:
+    masks.save(ONE, tmp_path / "masks.safetensors")
+    state = {name: each.float() for name, each in OTHER.items()} | {"emb.weight": torch.ones(3, 2)}
+    torch.save(state, tmp_path / "plain.ckpt")
+    assert list(compare(tmp_path / "masks.safetensors", tmp_path / "plain.ckpt")["layers"]) == list(ONE)
+
+
+def test_checkpoints_of_torchs_pruning_have_the_masks_of_their_pairs(tmp_path: Path) -> None:
+    pair = {"fc.weight_orig": torch.ones(2, 4), "fc.weight_mask": ONE["fc.weight"].float()}
+    torch.save(pair, tmp_path / "pair.ckpt")
+    found = compare(tmp_path / "pair.ckpt", tmp_path / "pair.ckpt")
+    assert list(found["layers"]) == ["fc.weight"]
+    assert found["layers"]["fc.weight"]["a"] == 3 / 8

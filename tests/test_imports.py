@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEAVES = {"errors", "ops", "version"}
 ALLOWED = {
-    "errors": set(), "version": set(), "ops": set(), "convert": {"errors", "masks", "ops"},
+    "errors": set(), "version": set(), "ops": set(), "convert": {"errors", "masks", "ops", "targets"},
     "export": {"errors", "export", "patterns", "shards", "shrink", "targets"},
     "sparseml": {"errors"},
     "advice": {"convert", "errors", "masks"}, "coupled": {"errors"}, "shrink": {"coupled", "errors"},

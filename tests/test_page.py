@@ -207,3 +207,11 @@ def test_percents_keep_what_is_small() -> None:
         "90.0 %", "99.50 %", "0.04 %", "0.0 %", "100.0 %",
     ]  # fmt: skip
     assert page.percent(0, 0) == "0.0 %"
+
+
+def test_a_vector_among_the_first_targets_has_a_picture() -> None:
+    masks = {"bias": torch.tensor([True, False, True])}
+    found = Page(page.render(written(masks), Traces(), masks, History()))
+    assert "Mask of bias: 3 rows (axis 0) by 1 columns" in [
+        value for _, name, value in found.attributes if name == "alt"
+    ]

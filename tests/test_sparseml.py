@@ -283,3 +283,18 @@ def _trained(folder: Path) -> Path:
         fit = ["fit", "--config", str(RECIPE), "--trainer.max_epochs=1", "--sparsity=OneShot"]
         call(*fit, "--sparsity.sparsity=0.5", f"--trainer.default_root_dir={folder / 'one'}", *QUIET)
     return newest(folder / "one", "last.ckpt")
+
+
+def test_aliases_of_aliases_end() -> None:
+    lines = ["a0: &a0 {x: 1}"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 30)}]" for i in range(1, 9)]
+    with pytest.raises(InputError):
+        translate("\n".join(lines))
+
+
+def test_a_recipe_that_is_there_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text(modifier("ConstantPruningModifier", params="__ALL_PRUNABLE__"))
+    with pytest.raises(SystemExit) as ended:
+        call("import-sparseml", str(tmp_path / "r.yaml"), f"--output={tmp_path / 'r.yaml'}")
+    assert ended.value.code == 2
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "r.yaml").read_text() == modifier("ConstantPruningModifier", params="__ALL_PRUNABLE__")

@@ -54,3 +54,16 @@ def test_state_comes_back_from_a_file_that_runs_no_code() -> None:
     assert again.rows == [{"step": 1, "metrics": {"loss": 0.5}}]
     assert again.before["w"]["edge"] == traces.before["w"]["edge"]
     assert torch.equal(again.before["w"]["counts"], traces.before["w"]["counts"])
+
+
+def test_thinning_keeps_metrics_that_are_measured_in_turn() -> None:
+    traces = Traces()
+    for step in range(2 * ROWS):
+        traces.note(step, {"train/loss" if step % 2 else "val/loss": float(step)})
+    series = traces.series()
+    assert min(map(len, series.values())) > ROWS // 4
+    assert series["train/loss"][-1] == (2 * ROWS - 1, 2 * ROWS - 1)
+
+
+def test_more_values_than_a_float_of_32_bits_counts() -> None:
+    assert histogram(torch.ones(1, 1).expand(5000, 5000))["counts"].max() == 25_000_000

@@ -371,3 +371,10 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path, capsys: pytest.Captu
         assert message in complaint
         assert "Traceback" not in complaint
     assert not list(tmp_path.rglob("compressed.safetensors*"))
+
+
+def test_a_dry_run_takes_any_callbacks(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        fit(tmp_path, "--dry-run", "--trainer.callbacks=LearningRateMonitor")
+    assert ended.value.code == 0
+    assert not list(tmp_path.iterdir())

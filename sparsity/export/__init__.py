@@ -63,7 +63,8 @@ def save(
         elif format == "nm":
             tensors, parts = nm.encode(tensors, pattern, _turned(model))
         else:
-            tensors, parts = shrunk.encode(model, inputs) if format == "shrunk" else (tensors, {})
+            small, parts = shrunk.encode(model, inputs) if format == "shrunk" else (tensors, {})
+            tensors, about["ties"] = distinct(small) if format == "shrunk" else (small, ties)
         write(path, tensors, about | parts, more)
     files = [each for each in (path, path.with_name(f"{path.name}.data")) if each.is_file()]
     length = sum(each.stat().st_size for each in files)

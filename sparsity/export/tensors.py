@@ -71,7 +71,10 @@ def written(path: Path) -> Iterator[Path]:
     """A place to write a file to, which becomes `path` if nothing is raised, and is removed if something is."""
     if path.is_dir():
         raise InputError(f"'{path}' is a folder: give the path of the file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder of '{path}': {error.strerror}") from error
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial

@@ -75,8 +75,11 @@ def _unpack(values: Tensor, indices: Tensor, n: int, m: int) -> Tensor:
 
         return kernels.unpack(values, indices, n, m)
     groups = rearrange(values.detach(), "... (group n) -> ... group n", n=n)
+    places = _places(indices, values.shape[-1], n, m)
+    if m & (m - 1) and places.numel() and int(places.max()) >= m:
+        raise ValueError(f"an index names place {int(places.max())} of a group of {m}")
     empty = groups.new_zeros(*groups.shape[:-1], m)
-    weight: Tensor = empty.scatter_(-1, _places(indices, values.shape[-1], n, m), groups).flatten(-2)
+    weight: Tensor = empty.scatter_(-1, places, groups).flatten(-2)
     return weight
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsity.ops.linear import autocasted, flattened
@@ -136,14 +138,28 @@ def _packed(weight: Tensor, mask: Tensor | None, dtype: torch.dtype, transposed:
         return None
     state = _state(weight, mask, dtype)
     known = _PACKED.setdefault(weight, {}) if state else {}
-    if state and transposed in known and known[transposed][0] == state:
-        found: Tensor | None = known[transposed][1]
+    if state and transposed in known and known[transposed][0] is mask and known[transposed][1] == state:
+        found: Tensor | None = known[transposed][2]
         return found
+    _watch_fused_steps()
     kept = _kept(weight, mask, dtype)
     kept = (kept.t() if transposed else kept).contiguous()
     found = kind.from_dense(kept) if is_semi_sparse(kept) else None
-    known[transposed] = state, found
+    known[transposed] = mask, state, found
     return found
+
+
+@cache
+def _watch_fused_steps() -> None:
+    """Fused optimizers change weights without counting it: what they have stepped is packed anew."""
+
+    def forget(optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                for weight in group["params"]:
+                    _PACKED.pop(weight, None)
+
+    register_optimizer_step_post_hook(forget)
 
 
 def _state(weight: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Hashable, ...] | None:

@@ -68,3 +68,9 @@ def test_what_would_be_refused_in_training_is_refused() -> None:
 def test_a_dense_run_has_nothing_to_show() -> None:
     with pytest.raises(InputError, match="give one"):
         trainer(DryRun()).fit(task(), Batches())
+
+
+def test_a_training_without_end_has_a_budget_too() -> None:
+    method = StaticMask(0.8)
+    with pytest.raises(SystemExit):
+        trainer(method, DryRun(), epochs=-1).fit(task(), Batches())

@@ -1,7 +1,9 @@
 """Ctrl-C ends training between two steps, with a checkpoint that training goes on from."""
 
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,3 +78,29 @@ def test_a_second_one_ends_at_once(tmp_path: Path) -> None:
 def test_what_ctrl_c_did_before_it_does_again_after(tmp_path: Path, handler: Any) -> None:
     fit(tmp_path, SaveOnInterrupt(), LAMP(0.9), epochs=1)
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+class Slow(torch.utils.data.Dataset[Any]):
+    """Samples that take workers as long as they take training."""
+
+    def __len__(self) -> int:
+        return 240
+
+    def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
+        time.sleep(0.01)
+        return torch.randn(4, 6, 6), place % 3
+
+
+def test_workers_of_a_loader_survive_the_terminals_ctrl_c(tmp_path: Path) -> None:
+    class PressForAll(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                for each in [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]:
+                    os.kill(each or 0, signal.SIGINT)
+
+    keeper = SaveOnInterrupt()
+    loader = torch.utils.data.DataLoader(Slow(), batch_size=8, num_workers=2, multiprocessing_context="fork")
+    with pytest.raises(SystemExit):
+        trainer(keeper, PressForAll(), default_root_dir=tmp_path, accumulate_grad_batches=4).fit(task(), loader)
+    assert keeper.path is not None
+    assert torch.load(keeper.path, weights_only=True)["global_step"] == 1

@@ -249,3 +249,25 @@ def test_what_does_not_fit_is_refused(change: dict[str, Tensor], message: str) -
     given = {"x": torch.randn(2, 8), "weight": torch.randn(5, 8)} | change
     with pytest.raises(ValueError, match=message):
         semi_sparse_linear(**given)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_an_optimizer_steps_is_packed_anew(fused: bool, packing: list[tuple[int, ...]]) -> None:
+    x, _, weight, mask, _ = (each.half() if each.is_floating_point() else each for each in case(8, 64, 32))
+    weight = weight.requires_grad_()
+    optimizer = torch.optim.AdamW([weight], 0.1, eps=1e-3, fused=fused)  # its own is zero in 16 bits
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.autograd.backward(semi_sparse_linear(x, weight, None, mask).float().square().mean())
+        optimizer.step()
+    expected = F.linear(x.float(), torch.where(mask, weight, 0).float())
+    torch.testing.assert_close(semi_sparse_linear(x, weight, None, mask).float(), expected, atol=0.05, rtol=0.01)
+
+
+def test_another_mask_in_the_same_memory_is_another_mask(packing: list[tuple[int, ...]]) -> None:
+    x, _, weight, mask, _ = (each.half() if each.is_floating_point() else each for each in case(8, 64, 32))
+    for shift in range(4):
+        moved = mask.roll(shift, 0)
+        expected = F.linear(x.float(), torch.where(moved, weight, 0).float())
+        torch.testing.assert_close(semi_sparse_linear(x, weight, None, moved).float(), expected, atol=0.05, rtol=0.01)
+        del moved

@@ -64,7 +64,7 @@ def _mask_kernel(
 ):  # fmt: skip
     group, lanes = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, LANES)
     here = group < groups
-    most = tl.full((BLOCK,), -float("inf"), tl.float32)
+    most = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)  # of -inf, no difference could be taken
     total, sums = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK, LANES), tl.float32)
     for candidate in tl.range(0, COUNT, loop_unroll_factor=UNROLL):
         y = _sampled(logits, groups, group, here, candidate, scale, coldness, first, second)
@@ -84,7 +84,7 @@ def _gradient_kernel(
     group, lanes = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, LANES)
     here = group < groups
     slope = tl.load(slopes + group[:, None] * M + lanes[None, :], mask=here[:, None] & (lanes < M)[None, :], other=0.0)
-    most = tl.full((BLOCK,), -float("inf"), tl.float32)
+    most = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)  # of -inf, no difference could be taken
     total, mean = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for candidate in tl.range(0, COUNT, loop_unroll_factor=UNROLL):
         y = _sampled(logits, groups, group, here, candidate, scale, coldness, first, second)
