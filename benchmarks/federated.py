@@ -29,6 +29,7 @@ import torch
 from rich.progress import track
 from torch import nn
 
+from benchmarks import readme
 from callbacks import FedDST, FedSGC, PruneFL, StaticMask
 from sparsity import data, models
 from sparsity.congruent import Congruity, GradientCongruity
@@ -197,8 +198,10 @@ def main() -> None:
         for done in track(as_completed(jobs), total=len(jobs), description=options.setting):
             runs.append(done.result())
             save(path, options.setting, runs)
-    print(table(save(path, options.setting, runs)["summary"]))
+    rows = save(path, options.setting, runs)["summary"]
+    print(table(rows))
     draw(path, runs)
+    readme.write(f"federated {options.setting}", table(rows), "benchmarks/README.md")
 
 
 def draw(path: Path, runs: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import kernels, methods, readme
+from benchmarks import federated, kernels, methods, readme
 from tests import pages
 
 ROOT = Path(__file__).parents[1]
@@ -64,3 +64,6 @@ def test_tables_are_those_of_the_results() -> None:
     timed = json.loads((results / "kernels_cpu.json").read_text())
     assert readme.between("speed")[1] == kernels.short(timed)
     assert readme.between("kernels", "benchmarks/README.md")[1] == kernels.text(timed).strip()
+    for path in results.glob("federated_*.json"):
+        rows, name = json.loads(path.read_text())["summary"], path.stem.replace("_", " ")
+        assert readme.between(name, "benchmarks/README.md")[1] == federated.table(rows)
