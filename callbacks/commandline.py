@@ -37,6 +37,7 @@ from . import DryRun, SaveOnInterrupt, Sparsify, SparsityReport
 from .commands import bench, diff, import_sparseml, recipes
 from .interrupt import INTERRUPTED
 from .plain import PlainParser, reason
+from .sparsify import method_of
 
 # Imported, a module makes its classes known to recipes by their short names.
 CATALOGUE = (data, models, federated)
@@ -52,7 +53,7 @@ class SparseTrainer(Trainer):
 
         Methods that need data get training batches.
         """
-        method = next((each for each in self.callbacks if isinstance(each, Sparsify)), None)  # type: ignore[attr-defined]  # set by a connector
+        method = method_of(self)
         if method is None or ckpt_path is None:
             raise InputError("oneshot needs a method (the recipe's `sparsity:`) and a checkpoint (--ckpt_path)")
         checkpoints.load_weights(model, ckpt_path)
@@ -80,7 +81,7 @@ class SparseTrainer(Trainer):
             ckpt_path: of a pruned network; its zeros are what is pruned.
             seconds: of each measurement.
         """
-        method = next((each for each in self.callbacks if isinstance(each, Sparsify)), None)  # type: ignore[attr-defined]  # set by a connector
+        method = method_of(self)
         if ckpt_path is not None:
             checkpoints.load_weights(model, ckpt_path)
         elif method is None:
@@ -121,7 +122,7 @@ class SparseTrainer(Trainer):
         if ckpt_path is None:
             raise InputError("export needs the checkpoint of a trained network (--ckpt_path)")
         checkpoints.load_weights(model, ckpt_path)
-        method = next((each for each in self.callbacks if isinstance(each, Sparsify)), None)  # type: ignore[attr-defined]  # set by a connector
+        method = method_of(self)
         asked = method.sparsifier.pattern if method else None
         pattern = f"{asked.n}:{asked.m}" if isinstance(asked, NM) else "2:4"
         inputs = _inputs(model, part, datamodule) if format in ("torch", "onnx", "shrunk") else None
@@ -155,7 +156,7 @@ class SparseTrainer(Trainer):
             engine: "flower" runs the same federation over Flower's Ray engine, with the same result.
         """
         self._refuse_what_clients_do_not_have()
-        method = next((each for each in self.callbacks if isinstance(each, Sparsify)), None)  # type: ignore[attr-defined]  # set by a connector
+        method = method_of(self)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         federation = federation or Federation()
         if resume == "last":
@@ -348,7 +349,7 @@ class Recipe:
 
         class Reader(SparseTrainer):
             def federate(self, *args: Any, **settings: Any) -> None:
-                method = next((each for each in self.callbacks if isinstance(each, Sparsify)), None)  # type: ignore[attr-defined]  # set by a connector
+                method = method_of(self)
                 found.update(settings, method=method, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)))
 
         Reader.federate.__signature__ = inspect.signature(SparseTrainer.federate)  # type: ignore[attr-defined]  # a function's

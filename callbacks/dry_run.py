@@ -10,7 +10,7 @@ from rich.table import Table
 from sparsity import InputError, Sparsifier, masks
 from sparsity.distributions import OWL, Global, LayerAdaptive
 
-from .sparsify import Sparsify
+from .sparsify import method_of
 
 MOVES = "Layers share the total by the weights as they are now: what each keeps may change in training."
 
@@ -22,8 +22,7 @@ class DryRun(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        method = next((each for each in callbacks if isinstance(each, Sparsify)), None)
+        method = method_of(trainer)
         if method is None:
             raise InputError("a dry run shows what a method would prune: give one (the recipe's `sparsity:`)")
         # On all ranks: weights that are spread over them are gathered.

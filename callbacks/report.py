@@ -21,7 +21,7 @@ from sparsity import InputError, Targets, __version__, convert, masks, page, rep
 from sparsity.history import History
 from sparsity.traces import Traces, histograms
 
-from .sparsify import Sparsify, is_tensorboard
+from .sparsify import is_tensorboard, method_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,14 +134,14 @@ class SparsityReport(Callback):
             _show(trainer, "sparsity/density", picture)
 
     def _page(self, trainer: Trainer, result: report.Report, found: masks.Masks) -> str:
-        method = _method(trainer)
+        method = method_of(trainer)
         history = method.sparsifier.history if method else History()
         asked = [method.sparsifier.target(step) for step in history.steps] if method else []
         return page.render(result, self.traces, found, history, asked)
 
     @rank_zero_only
     def _draw_history(self, trainer: Trainer, folder: Path) -> None:
-        method = _method(trainer)
+        method = method_of(trainer)
         if method and len(method.sparsifier.history.steps) > 1 and find_spec("matplotlib"):
             picture = method.sparsifier.history.figure()
             picture.savefig(folder / "density_over_training.png", dpi=120)
@@ -152,7 +152,7 @@ class SparsityReport(Callback):
 
         Where it has been `trained`, in `fit` if not given, its masks are the method's.
         """
-        method = _method(trainer)
+        method = method_of(trainer)
         trained = trainer.state.fn == "fit" if trained is None else trained
         weights, found = _weights(trainer, pl_module), _masks(trainer, pl_module, trained)
         sparsifier = method.sparsifier if method else None
@@ -213,11 +213,6 @@ class SparsityReport(Callback):
             return {}
 
 
-def _method(trainer: Trainer) -> Sparsify | None:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    return next((callback for callback in callbacks if isinstance(callback, Sparsify)), None)
-
-
 def _show(trainer: Trainer, name: str, picture: "Figure") -> None:
     for logger in filter(is_tensorboard, trainer.loggers):
         logger.experiment.add_figure(name, picture, global_step=trainer.global_step)  # type: ignore[attr-defined]  # a TensorBoardLogger
@@ -225,13 +220,13 @@ def _show(trainer: Trainer, name: str, picture: "Figure") -> None:
 
 def _weights(trainer: Trainer, pl_module: LightningModule) -> dict[str, Parameter]:
     """The targets of the run's method, or those of any where it is dense."""
-    method = _method(trainer)
+    method = method_of(trainer)
     return (method.sparsifier.targets if method else Targets()).select(pl_module)
 
 
 def _masks(trainer: Trainer, pl_module: LightningModule, trained: bool) -> masks.Masks:
     """Those of the method where it has trained, else what is not zero."""
-    method = _method(trainer)
+    method = method_of(trainer)
     return method.sparsifier.masks if method and trained else masks.from_zeros(_weights(trainer, pl_module))
 
 

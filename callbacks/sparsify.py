@@ -249,6 +249,12 @@ class _Settle(Callback):
         self.sparsifier.settle()
 
 
+def method_of(trainer: Trainer) -> Sparsify | None:
+    """The method among a trainer's callbacks, if there is one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return next((each for each in callbacks if isinstance(each, Sparsify)), None)
+
+
 def is_tensorboard(logger: object) -> bool:
     """Whether a logger is a TensorBoardLogger, of either Lightning package."""
     return any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__)

@@ -1,7 +1,6 @@
 """The page of a report: one HTML file for a browser, which loads nothing and runs nothing."""
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from sparsity.drawing import bars, chart, mosaic, picture, short, smaller
+from sparsity.files import written
 from sparsity.history import History
 from sparsity.report import Report, is_urgent, size
 from sparsity.traces import Traces
@@ -54,9 +54,8 @@ def render(
 
 def save(page: str, path: Path) -> None:
     """Writes the page in one piece or not at all."""
-    partial = path.with_suffix(".html.partial")
-    partial.write_text(page, encoding="utf-8", errors="backslashreplace")  # the name of a file may be no Unicode
-    os.replace(partial, path)
+    with written(path) as partial:
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace")  # the name of a file may be no Unicode
 
 
 def headline(metrics: Mapping[str, float | None]) -> list[str]:

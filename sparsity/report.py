@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsity import shards
+from sparsity.files import written
 from sparsity.masks import counts
 
 if TYPE_CHECKING:
@@ -141,10 +141,8 @@ def finite(thing: Any) -> Any:
 
 def save(report: Report, path: Path) -> None:
     """Writes the report as JSON, in one piece or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    with written(path) as partial:
+        partial.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def summary(report: Report) -> Group:

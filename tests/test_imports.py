@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEAVES = {"errors", "ops", "version"}
 ALLOWED = {
-    "errors": set(), "version": set(), "ops": set(), "convert": {"errors", "masks", "ops", "targets"},
-    "export": {"errors", "export", "patterns", "shards", "shrink", "targets"},
+    "errors": set(), "files": {"errors"}, "version": set(), "ops": set(),
+    "convert": {"errors", "masks", "ops", "targets"},
+    "export": {"errors", "export", "files", "patterns", "shards", "shrink", "targets"},
     "sparseml": {"errors"},
     "advice": {"convert", "errors", "masks"}, "coupled": {"errors"}, "shrink": {"coupled", "errors"},
     "shards": {"errors"}, "compact": {"errors"}, "upkeep": {"compact", "ops", "shards"},
@@ -38,7 +39,7 @@ ALLOWED = {
     "importance": {"distributions", "dynamic", "errors", "masks", "ops", "schedules", "scores", "targets"},
     "sensitivity": {"distributions", "dynamic", "errors", "redistribution", "schedules", "scores", "targets"},
     "federated": {"congruent", "constant", "distributions", "dynamic", "errors", "federated", "importance",
-                  "masks", "ops", "report", "schedules", "scores", "sensitivity", "sparsifier"},
+                  "files", "masks", "ops", "report", "schedules", "scores", "sensitivity", "sparsifier"},
     "companion": {"errors"},
     "supermask": {"companion", "distributions", "errors", "learned", "masks", "ops", "schedules", "scores", "shards",
                   "targets"},
@@ -46,8 +47,8 @@ ALLOWED = {
                "schedules", "shards", "targets"},
     "oneshot": {"calibration", "errors", "initial", "masks", "ops", "targets", "scores", "distributions", "patterns",
                 "permutation", "schedules", "shards", "sparsifier"},
-    "constant": {"errors", "masks", "sparsifier", "targets"}, "report": {"masks", "shards"},
-    "traces": {"shards"}, "drawing": set(), "page": {"drawing", "history", "report", "traces"},
+    "constant": {"errors", "masks", "sparsifier", "targets"}, "report": {"files", "masks", "shards"},
+    "traces": {"shards"}, "drawing": set(), "page": {"drawing", "files", "history", "report", "traces"},
     "difference": {"checkpoints", "errors", "masks", "report", "targets"},
     "models": {"errors", "models"}, "data": {"errors", "data"},
     "callbacks": set(), "__main__": set(),

@@ -21,11 +21,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sparsity.errors import InputError
+from sparsity.files import written
 from sparsity.targets import clean, is_transposed
 
 from . import bitmask, nm, program, shrunk
 from .program import Inputs
-from .tensors import About, State, distinct, opened, size, state, write, written
+from .tensors import About, State, distinct, opened, size, state, write
 
 __all__ = ["ENDINGS", "load", "read", "save", "summary", "written"]
 

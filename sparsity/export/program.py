@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from sparsity.errors import InputError
-
-from .tensors import written
+from sparsity.files import written
 
 Inputs = tuple[Any, ...]
 

@@ -1,9 +1,7 @@
 """Tensors of safetensors files: read without running anything, written in one piece or not at all."""
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsity import shards
 from sparsity.errors import InputError
+from sparsity.files import written
 from sparsity.targets import clean
 
 State = dict[str, Tensor]
@@ -64,23 +63,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: About, more: Mapping
     metadata = {"format": "pt", KEY: json.dumps({"version": VERSION, **about}), **(more or {})}
     with written(path) as partial:
         save_file(whole, partial, metadata=metadata)
-
-
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A place to write a file to, which becomes `path` if nothing is raised, and is removed if something is."""
-    if path.is_dir():
-        raise InputError(f"'{path}' is a folder: give the path of the file to write")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder of '{path}': {error.strerror}") from error
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def opened(path: Path) -> tuple[State, About]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsity.errors import InputError
+from sparsity.files import written
 
 FORMAT = "sparsity-federated-1"
 VERSIONS = 8  # masks that are remembered for clients that have them
@@ -53,13 +54,10 @@ class State:
 
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
         """Writes it with what it belongs to, in one piece or not at all: tensors and primitives."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with written(path) as partial, partial.open("wb") as file:
             torch.save({"format": FORMAT, "about": dict(about), **vars(self)}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
 
 
 def load(path: Path, about: Mapping[str, Any]) -> State:
