@@ -63,7 +63,7 @@ class SparseTrainer(Trainer):
         self.save_checkpoint(path, weights_only=False)
         masks.save(method.sparsifier.masks, path.with_name("masks.safetensors"))
         print(f"pruned checkpoint: {path} (masks: {path.with_name('masks.safetensors')})")
-        self.validate(model, datamodule=datamodule, verbose=False)
+        self.validate(model, datamodule=datamodule)
 
     def advise(
         self,
@@ -264,6 +264,8 @@ def _inputs(model: LightningModule, part: str | None, datamodule: LightningDataM
 class SparsityCLI(LightningCLI):
     """LightningCLI with the method under a key of its own, `sparsity:`, and a report of every run."""
 
+    begun = -1  # the step of the checkpoint that a run goes on from
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         model_and_data = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
@@ -296,7 +298,7 @@ class SparsityCLI(LightningCLI):
                 _last(Path(settings["trainer"]["default_root_dir"] or "."), "last.ckpt", INTERRUPTED)
             )
         if settings.get("ckpt_path") and settings["ckpt_path"] != "best":
-            checkpoints.read(settings["ckpt_path"])
+            self.begun = checkpoints.read(settings["ckpt_path"]).get("global_step", -1)
         if settings.get("config"):
             settings["report"]["recipe"] = settings["report"]["recipe"] or Path(str(settings["config"][0])).stem
 
@@ -306,6 +308,14 @@ class SparsityCLI(LightningCLI):
             checkpoints.load_weights(self.model, weights)
 
     before_federate = before_fit
+
+    def after_fit(self) -> None:
+        """Says so where a run that went on had nothing left to train."""
+        if self.trainer.global_step == self.begun:
+            print(
+                f"nothing was trained: the checkpoint is of step {self.begun}, where this run ends\n"
+                "try: a larger --trainer.max_epochs", file=sys.stderr
+            )  # fmt: skip
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         keys = self._parser(self.subcommand).callback_keys
@@ -367,9 +377,9 @@ class Recipe:
         return found["model"], found["datamodule"], found["method"]
 
 
-ABOUT = """Sparse training and pruning: one recipe, one run. Beside the subcommands there are `train.py diff A B`, which
-compares two runs, checkpoints or mask files, `train.py import-sparseml FILE`, which translates a recipe, `train.py
-bench`, which measures time, and `train.py completion SHELL`."""
+ABOUT = """Sparse training and pruning: one recipe, one run. Beside the subcommands there are `diff A B`, which compares
+two runs, checkpoints or mask files, `recipes`, which prints those that there are, `import-sparseml FILE`, which
+translates one, `bench`, which measures time, and `completion SHELL`."""
 
 
 def run(trainer: type[Trainer], args: ArgsType = None) -> None:
@@ -392,6 +402,8 @@ class Completion(SparsityCLI):
         # The parser itself knows every class that a recipe could name, which takes shtab minutes.
         plain = argparse.ArgumentParser("sparsity")
         commands = plain.add_subparsers()
+        for name in COMMANDS:
+            commands.add_parser(name, help=name)
         for name, each in self._subcommand_parsers.items():
             command = commands.add_parser(name, help=name)  # without a help shtab leaves it out
             for option in each._option_string_actions:
@@ -440,6 +452,9 @@ def main(args: ArgsType = None) -> None:
             run(SparseTrainer, args)
     except KeyboardInterrupt:
         sys.exit(CTRL_C)
+    except BrokenPipeError:  # `... | head`: what is read no more is not written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except SystemExit as ended:
         if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning's
             sys.exit(CTRL_C)

@@ -26,7 +26,7 @@ def diff(words: Sequence[str]) -> None:
 
     Mask overlap of each layer beside what chance would give, densities, metrics, bytes.
     """
-    parser = PlainParser(prog="train.py diff", description=inspect.getdoc(diff))
+    parser = PlainParser(prog=f"{Path(sys.argv[0]).name} diff", description=inspect.getdoc(diff))
     about = "the log folder of a run, a checkpoint, or a file of masks"
     parser.add_argument("a", type=str, help=about)
     parser.add_argument("b", type=str, help=about)
@@ -82,7 +82,7 @@ def recipes(names: Sequence[str]) -> None:
 
 def import_sparseml(words: Sequence[str]) -> None:
     """Writes what SparseML's recipe FILE asks for as an overlay for a recipe of yours, and says what could not be."""
-    parser = ArgumentParser(prog="train.py import-sparseml", description=import_sparseml.__doc__)
+    parser = ArgumentParser(prog=f"{Path(sys.argv[0]).name} import-sparseml", description=import_sparseml.__doc__)
     parser.add_argument("file", type=Path, help="a recipe in YAML, or Markdown with one at its head")
     parser.add_argument("--output", type=Path, help="the file to write; <FILE>.imported.yaml if not given")
     parser.add_argument("--prefix", default="net.", help="what the LightningModule calls the network (%(default)s)")

@@ -91,6 +91,8 @@ class Linear(Schedule):
     power = 1
 
     def __init__(self, start: Time = 0, end: Time = 0.75, every: Time = 0.01, initial: float = 0.0) -> None:
+        if type(every) is int and every < 1:
+            raise InputError(f"every={every} is no interval: every must be >= 1 step")
         self.start, self.end, self.every, self.initial = start, end, every, initial
         if all(type(time) is int for time in (start, end, every)):
             self._check_steps(int(start), int(end), int(every))
@@ -177,7 +179,8 @@ class ConstantDrop:
             length = "" if horizon.steps is None else f", in a training of {horizon.steps} steps"
             raise InputError(
                 f"an update every={self.every!r} ({every} steps) comes first at step {every}, but updates end before "
-                f"end={self.end!r} (step {end}){length}: take a shorter interval, such as every=0.02, or train longer"
+                f"end={self.end!r} (step {end}){length}: take a shorter interval, such as "
+                f"drops={type(self).__name__}(every=0.02), or train longer"
             )
         return {step: self.fraction(step / end) for step in range(every, end, every)}
 

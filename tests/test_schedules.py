@@ -313,3 +313,8 @@ def test_fractions_outside_are_refused(initial: float) -> None:
 def test_a_cosine_that_rises_is_refused() -> None:
     with pytest.raises(InputError, match=r"final must lie in \[0, initial=0\.3\], got 0\.5"):
         CosineDrop(0.3, final=0.5)
+
+
+def test_no_interval_is_refused() -> None:
+    with pytest.raises(InputError, match="every must be >= 1"):
+        Cubic(every=0)

@@ -378,3 +378,11 @@ def test_a_dry_run_takes_any_callbacks(tmp_path: Path) -> None:
         fit(tmp_path, "--dry-run", "--trainer.callbacks=LearningRateMonitor")
     assert ended.value.code == 0
     assert not list(tmp_path.iterdir())
+
+
+@new_log_folder
+def test_a_run_that_is_over_says_that_nothing_was_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path)
+    assert "nothing was trained" not in capsys.readouterr().err
+    fit(tmp_path, "--ckpt_path=last")
+    assert "nothing was trained: the checkpoint is of step" in capsys.readouterr().err

@@ -236,3 +236,15 @@ def test_a_sparsity_that_was_not_reached_is_the_first_warning() -> None:
     [early] = report.drift(0.9, 0.65)
     assert early == "sparsity is 0.6500, and 0.9000 was asked for"
     assert report.is_urgent(early)
+
+
+def test_flops_of_attention_are_those_of_its_products() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    found = report.module_flops(layer, (torch.randn(1, 8, 32),))
+    projections, mixing, feedforward = 2 * 8 * 32 * (96 + 32), 2 * 2 * 8 * 8 * 32, 2 * 2 * 8 * 32 * 64
+    assert found[""] in (projections + feedforward, projections + mixing + feedforward)  # torch's counter decides
+    masks = {name: torch.ones_like(each, dtype=torch.bool) for name, each in layer.named_parameters() if each.ndim > 1}
+    rows = report.layer_flops(found, masks)
+    assert rows["self_attn.out_proj.weight"]["dense"] * 3 == rows["self_attn.in_proj_weight"]["dense"] > 0
+    assert sum(row["dense"] for row in rows.values()) == pytest.approx(found[""])
