@@ -91,11 +91,11 @@ class Linear(Schedule):
     power = 1
 
     def __init__(self, start: Time = 0, end: Time = 0.75, every: Time = 0.01, initial: float = 0.0) -> None:
-        if type(every) is int and every < 1:
-            raise InputError(f"every={every} is no interval: every must be >= 1 step")
         self.start, self.end, self.every, self.initial = start, end, every, initial
         if all(type(time) is int for time in (start, end, every)):
             self._check_steps(int(start), int(end), int(every))
+        if type(every) is int and every < 1:
+            raise InputError(f"every={every} is no interval: every must be >= 1 step")
 
     def plan(self, sparsity: float, horizon: Horizon) -> Plan:
         if not 0 <= self.initial <= sparsity:
