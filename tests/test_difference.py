@@ -157,7 +157,7 @@ def test_the_command_prints_writes_and_ends_with_a_plain_error(
     monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
     with pytest.raises(SystemExit):
         train.main()
-    assert "train.py diff" in capsys.readouterr().out
+    assert "`diff A B`" in " ".join(capsys.readouterr().out.split())
 
 
 def test_masks_beside_weights_without_masks_leave_other_matrices_alone(tmp_path: Path) -> None:
