@@ -29,6 +29,7 @@ from sparsity import InputError, Sparsifier, advice, checkpoints, data, export, 
 from sparsity.distributions import Uniform
 from sparsity.federated import Federation, Protocol, Running, partition, simulation
 from sparsity.federated import report as federated
+from sparsity.files import written
 from sparsity.patterns import NM
 from sparsity.report import finite
 from sparsity.scores import Random
@@ -94,7 +95,8 @@ class SparseTrainer(Trainer):
         found = advice.advise(model, [batch[0] if isinstance(batch, list | tuple) else batch], seconds=seconds)
         folder = Path(self.log_dir or self.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "advice.json").write_text(json.dumps(found, indent=1) + "\n")
+        with written(folder / "advice.json") as partial:
+            partial.write_text(json.dumps(found, indent=1) + "\n")
         if find_spec("matplotlib"):
             advice.figure(found).savefig(folder / "advice.png", dpi=110)
         Console().print(advice.summary(found))
@@ -129,7 +131,7 @@ class SparseTrainer(Trainer):
         folder = Path(self.log_dir or self.default_root_dir)
         path = Path(output) if output else folder / f"{format}{export.ENDINGS[format]}"
         result = export.save(_part(model, part), path, format, pattern, inputs)
-        with export.written(path.with_name(f"{path.name}.json")) as partial:
+        with written(path.with_name(f"{path.name}.json")) as partial:
             partial.write_text(json.dumps(result, indent=1) + "\n")
         Console().print(export.summary(result))
         print(f"export: {path}")
@@ -282,7 +284,6 @@ class SparsityCLI(LightningCLI):
             "--resumes_any", type=bool, default=False,
             help="resume from a checkpoint of another method or another sparsity, which is refused otherwise",
         )  # fmt: skip
-
         parser.add_argument(
             "--dry-run", "--dry_run", action="store_true",
             help="of fit: check everything, print the targets and how many weights each keeps, and write nothing",

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sparsity import InputError, difference, export, sparseml
+from sparsity import InputError, difference, sparseml
+from sparsity.files import written
 from sparsity.report import finite
 
 from .plain import PlainParser
@@ -97,7 +98,7 @@ def import_sparseml(words: Sequence[str]) -> None:
     output = asked.output or asked.file.with_suffix(".imported.yaml")
     if output.exists():
         raise InputError(f"'{output}' is there already: give another --output, or remove it")
-    with export.written(output) as partial:
+    with written(output) as partial:
         partial.write_text(found.text(asked.file.name))
     for remark in found.remarks:
         print(f"- {remark}")

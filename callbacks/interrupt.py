@@ -34,7 +34,9 @@ class SaveOnInterrupt(Callback):
         trainer.callbacks = [*(each for each in callbacks if each is not self), self]  # type: ignore[attr-defined]
         self._asked, self.path = False, None
         if stage == "fit" and trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self._before, self._active = signal.signal(signal.SIGINT, self._ask), True
+            before, self._active = signal.signal(signal.SIGINT, self._ask), True
+            if self._before is None:  # else a run before this one was interrupted, and `before` is ours
+                self._before = before
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step

@@ -104,3 +104,14 @@ def test_workers_of_a_loader_survive_the_terminals_ctrl_c(tmp_path: Path) -> Non
         trainer(keeper, PressForAll(), default_root_dir=tmp_path, accumulate_grad_batches=4).fit(task(), loader)
     assert keeper.path is not None
     assert torch.load(keeper.path, weights_only=True)["global_step"] == 1
+
+
+def test_a_fit_after_an_interrupted_one_leaves_ctrl_c_as_it_was(tmp_path: Path, handler: Any) -> None:
+    keeper = SaveOnInterrupt()
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            fit(tmp_path, keeper, LAMP(0.9), PressCtrlC(3))
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    fit(tmp_path, keeper, LAMP(0.9), epochs=1)
+    assert signal.getsignal(signal.SIGINT) is handler
