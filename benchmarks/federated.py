@@ -37,6 +37,7 @@ from sparsity.data.images import Images
 from sparsity.federated import Dirichlet, FedAvg, Federation, Local, Pathological, Protocol, Running, simulate
 from sparsity.federated.partition import Partition
 from sparsity.federated.report import figure
+from sparsity.rescale import rescaled
 from sparsity.schedules import CosineDrop
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,6 +84,8 @@ METHODS: dict[str, tuple[Method, Protocol]] = {
     ),
 }  # fmt: skip
 DENSE = ("FedAvg", "FedProx")
+RESCALED = {f"{name}, rescaled": name for name in ("static", "PruneFL", "FedDST", "FedSGC, 0.4")}
+METHODS |= {name: METHODS[plain] for name, plain in RESCALED.items()}
 
 
 class Trained(models.Classifier):
@@ -107,8 +110,11 @@ def run(name: str, case: Case, folder: str | None) -> dict[str, Any]:
     setting, (split, method, sparsity, seed) = SETTINGS[name], case
     pl.seed_everything(seed, verbose=False)
     make, protocol = METHODS[method]
+    net = setting.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a layout
+    if method in RESCALED:
+        rescaled(net, sparsity)
     outcome = simulate(
-        Trained(setting.network().to(memory_format=torch.channels_last), setting.rate), setting.images(folder),  # type: ignore[call-overload]  # a layout
+        Trained(net, setting.rate), setting.images(folder),
         make(sparsity), Federation(100, 10, setting.rounds, PARTITIONS[split]()), protocol,
         Running(evaluate_every=EVERY), seed=seed,
     )  # fmt: skip

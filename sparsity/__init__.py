@@ -4,9 +4,10 @@
 """
 
 from sparsity.errors import InputError
+from sparsity.rescale import rescaled
 from sparsity.schedules import Horizon
 from sparsity.sparsifier import Sparsifier
 from sparsity.targets import Targets
 from sparsity.version import __version__
 
-__all__ = ["Horizon", "InputError", "Sparsifier", "Targets", "__version__"]
+__all__ = ["Horizon", "InputError", "Sparsifier", "Targets", "__version__", "rescaled"]

@@ -386,3 +386,16 @@ def test_a_run_that_is_over_says_that_nothing_was_trained(tmp_path: Path, capsys
     assert "nothing was trained" not in capsys.readouterr().err
     fit(tmp_path, "--ckpt_path=last")
     assert "nothing was trained: the checkpoint is of step" in capsys.readouterr().err
+
+
+def test_a_recipe_can_rescale_its_network(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    text = (ROOT / "recipes" / "digits_rigl.yaml").read_text()
+    plain = "    net:\n      class_path: LeNet300100\n      init_args:\n        inputs: 64"
+    net = "{class_path: LeNet300100, init_args: {inputs: 64}}"
+    assert plain in text
+    recipe.write_text(
+        text.replace(plain, f"    net: {{class_path: sparsity.rescaled, init_args: {{sparsity: 0.9, net: {net}}}}}")
+    )
+    call(tmp_path, "fit", "--config", str(recipe), "--trainer.max_epochs=1")
+    assert read(tmp_path)["sparsity"]["achieved"] == 0.9

@@ -1,14 +1,12 @@
 """Linear layers by a bitmap and their kept weights: where too many are kept for an index each to pay."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsity.ops import cuda, linear
-from sparsity.ops.linear import check_alike, check_batch, flattened, native_call, once, wide
+from sparsity.ops import cuda, linear, product
 
 ROWS = 16  # of a batch that one read of the weight serves on a GPU
 FEW = 8  # rows of a batch up to which reading the weight takes longer than computing with it
@@ -50,12 +48,12 @@ def bitmap_linear(x: Tensor, values: Tensor, bits: Tensor, starts: Tensor, bias:
 
     Raises `ValueError` for tensors that do not fit one another, and `IndexError` for starts that are not the bits'.
     """
-    x, values, bias = linear.autocasted(x, values, bias)
+    x, values, bias = product.autocasted(x, values, bias)
     found: Tensor = torch.ops.sparsity.bitmap(x, values, bits, starts, bias)
     return found
 
 
-@torch.library.custom_op("sparsity::bitmap", mutates_args=())
+@product.define("bitmap", lambda x, values, bits, starts, bias: x.new_empty(*x.shape[:-1], starts.shape[0] - 1))
 def _bitmap(x: Tensor, values: Tensor, bits: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
     width = x.shape[-1]
     _check(values, bits, starts, x, None, width, len(values))
@@ -65,44 +63,44 @@ def _bitmap(x: Tensor, values: Tensor, bits: Tensor, starts: Tensor, bias: Tenso
     if cuda.serves(x) and cuda.serves(values) and x.numel() // width <= ROWS:
         from sparsity.ops.cuda import bitmap as kernels
 
-        return kernels.linear(flattened(x), values, bits, starts, bias, width).view(*x.shape[:-1], out)
+        return kernels.linear(product.flattened(x), values, bits, starts, bias, width).view(*x.shape[:-1], out)
     with torch.autocast(x.device.type, enabled=False):
-        if not linear.is_native(x, bits):
+        if not product.is_native(x, bits):
             return F.linear(x, decompressed_bitmap(values, bits, starts, width), bias)
-        flat = flattened(x)
+        flat = product.flattened(x)
         if len(flat) <= FEW and values.dtype != torch.float16:
-            flat, bias = wide(flat), None if bias is None else wide(bias)
+            flat, bias = product.wide(flat), None if bias is None else product.wide(bias)
             y = flat.new_empty(len(flat), out)
             _call("sparsity_bitmap", values, bits, starts, width, flat, len(flat), bias, y)
         else:
             y = flat.new_empty(len(flat), out)
             for rows, part in _slabs(values, bits, starts, width):
                 y[:, rows] = F.linear(flat, part, None if bias is None else bias[rows])
-        return y.view(*x.shape[:-1], out).to(x.dtype)
+        return product.shaped(y, x)
 
 
-@torch.library.custom_op("sparsity::bitmap_input", mutates_args=())
+@product.define("bitmap_input", lambda y, values, bits, starts, width: y.new_empty(*y.shape[:-1], width))
 def _bitmap_input(y: Tensor, values: Tensor, bits: Tensor, starts: Tensor, width: int) -> Tensor:
     """``y W`` for ``y [..., out]``: ``[..., width]``."""
     _check(values, bits, starts, None, y, width, len(values))
     with torch.autocast(y.device.type, enabled=False):
-        if not linear.is_native(y, bits):
+        if not product.is_native(y, bits):
             return y @ decompressed_bitmap(values, bits, starts, width)
-        flat = flattened(y)
-        x = wide(flat[:0]).new_zeros(len(flat), width)
+        flat = product.flattened(y)
+        x = product.wide(flat[:0]).new_zeros(len(flat), width)
         for rows, part in _slabs(values, bits, starts, width):
             x += flat[:, rows] @ part
-        return x.view(*y.shape[:-1], width).to(y.dtype)
+        return product.shaped(x, y)
 
 
-@torch.library.custom_op("sparsity::bitmap_values", mutates_args=())
+@product.define("bitmap_values", lambda y, x, bits, starts, count: x.new_empty(count))
 def _bitmap_values(y: Tensor, x: Tensor, bits: Tensor, starts: Tensor, count: int) -> Tensor:
     """``y^T x`` at the kept places, of which there are `count`: in the order of the values."""
     width = x.shape[-1]
     _check(None, bits, starts, x, y, width, count)
-    flat_y, flat_x = flattened(y), flattened(x)
+    flat_y, flat_x = product.flattened(y), product.flattened(x)
     with torch.autocast(x.device.type, enabled=False):
-        if not linear.is_native(x, bits):
+        if not product.is_native(x, bits):
             return (flat_y.t() @ flat_x)[_mask(bits, width)]
         values = x.new_empty(count)
         for rows in _parts(len(starts) - 1, width):
@@ -111,64 +109,19 @@ def _bitmap_values(y: Tensor, x: Tensor, bits: Tensor, starts: Tensor, count: in
         return values
 
 
-@_bitmap.register_fake
-def _(x: Tensor, values: Tensor, bits: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], starts.shape[0] - 1)
-
-
-@_bitmap_input.register_fake
-def _(y: Tensor, values: Tensor, bits: Tensor, starts: Tensor, width: int) -> Tensor:
-    return y.new_empty(*y.shape[:-1], width)
-
-
-@_bitmap_values.register_fake
-def _(y: Tensor, x: Tensor, bits: Tensor, starts: Tensor, count: int) -> Tensor:
-    return x.new_empty(count)
-
-
-# As in `linear`: one trilinear form, so the gradients of each operation are the other two.
-
-
-def _bitmap_backward(ctx: Any, y: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, bits, starts = ctx.saved_tensors
-    wanted, ops = ctx.needs_input_grad, torch.ops.sparsity
-    return (
-        ops.bitmap_input(y, values, bits, starts, x.shape[-1]) if wanted[0] else None,
-        ops.bitmap_values(y, x, bits, starts, values.shape[0]) if wanted[1] else None,
-        None, None, flattened(y).sum(0) if ctx.biased and wanted[4] else None,
-    )  # fmt: skip
-
-
-def _bitmap_input_backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
-    y, values, bits, starts = ctx.saved_tensors
-    wanted, ops = ctx.needs_input_grad, torch.ops.sparsity
-    return (
-        ops.bitmap(x, values, bits, starts, None) if wanted[0] else None,
-        ops.bitmap_values(y, x, bits, starts, values.shape[0]) if wanted[1] else None,
-        None, None, None,
-    )  # fmt: skip
-
-
-def _bitmap_values_backward(ctx: Any, values: Tensor) -> tuple[Tensor | None, ...]:
-    y, x, bits, starts = ctx.saved_tensors
-    wanted, ops = ctx.needs_input_grad, torch.ops.sparsity
-    return (
-        ops.bitmap(x, values, bits, starts, None) if wanted[0] else None,
-        ops.bitmap_input(y, values, bits, starts, x.shape[-1]) if wanted[1] else None,
-        None, None, None,
-    )  # fmt: skip
-
-
-_bitmap.register_autograd(_bitmap_backward, setup_context=linear.save)
-_bitmap_input.register_autograd(_bitmap_input_backward, setup_context=linear.save)
-_bitmap_values.register_autograd(_bitmap_values_backward, setup_context=linear.save)
+product.differentiate(
+    "bitmap",
+    lambda y, x, values, bits, starts: torch.ops.sparsity.bitmap(x, values, bits, starts, None),
+    lambda x, y, values, bits, starts: torch.ops.sparsity.bitmap_input(y, values, bits, starts, x.shape[-1]),
+    lambda values, y, x, bits, starts: torch.ops.sparsity.bitmap_values(y, x, bits, starts, values.shape[0]),
+)
 
 
 def _check(
     values: Tensor | None, bits: Tensor, starts: Tensor, x: Tensor | None, y: Tensor | None, width: int, count: int
 ) -> None:
     """Raises what the C++ would not survive."""
-    check_alike((values, x, y), bits, starts)
+    product.check_alike((values, x, y), bits, starts)
     if bits.dtype != torch.uint8 or starts.dtype != torch.int64 or starts.ndim != 1 or len(starts) < 1:
         raise ValueError(f"expected bits of uint8 and starts of int64, got {bits.dtype} and {starts.dtype}")
     if bits.shape != (len(starts) - 1, -(-width // 8)) or (values is not None and values.ndim != 1):
@@ -176,8 +129,8 @@ def _check(
             f"{len(starts) - 1} rows of {width} columns have bits of ({len(starts) - 1}, {-(-width // 8)}) and flat "
             f"values, got {tuple(bits.shape)}" + (f" and {tuple(values.shape)}" if values is not None else "")
         )
-    check_batch(x, y, len(starts) - 1)
-    once(lambda: _look(bits, starts, width, count), bits, starts, width, count)
+    product.check_batch(x, y, len(starts) - 1)
+    product.once(lambda: _look(bits, starts, width, count), bits, starts, width, count)
 
 
 def _look(bits: Tensor, starts: Tensor, width: int, count: int) -> None:
@@ -218,5 +171,5 @@ def _parts(out: int, width: int) -> list[slice]:
 
 
 def _call(name: str, values: Tensor, bits: Tensor, starts: Tensor, width: int, *others: Tensor | int | None) -> None:
-    native_call(name, [values.contiguous(), values.element_size(), bits.contiguous(), starts.contiguous()],
+    product.native_call(name, [values.contiguous(), values.element_size(), bits.contiguous(), starts.contiguous()],
                 [len(starts) - 1, width, *others])  # fmt: skip

@@ -1,15 +1,14 @@
 """Linear layers by their kept blocks only: square blocks of the weight, in plain index and value tensors."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsity.ops import cuda, linear
-from sparsity.ops.linear import Rows, check_alike, check_batch, check_places, flattened, native_call, rows_of, wide
+from sparsity.ops import cuda, product
+from sparsity.ops.linear import Rows, check_places, rows_of
 
 SIDES = (16, 32, 64, 128)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -78,7 +77,7 @@ def block_sparse_linear(
     """
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"expected an activation of {', '.join(ACTIVATIONS)} or None, got {activation!r}")
-    x, values, bias = linear.autocasted(x, values, bias)
+    x, values, bias = product.autocasted(x, values, bias)
     learned = any(each is not None and each.requires_grad for each in (x, values, bias))
     if activation is None or (learned and torch.is_grad_enabled()):
         y: Tensor = torch.ops.sparsity.blocks(x, values, columns, starts, bias, out)
@@ -87,12 +86,14 @@ def block_sparse_linear(
     return found
 
 
-@torch.library.custom_op("sparsity::blocks", mutates_args=())
+@product.define("blocks", lambda x, values, columns, starts, bias, out: x.new_empty(*x.shape[:-1], out))
 def _blocks(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor | None, out: int) -> Tensor:
     return _activated(x, values, columns, starts, bias, out, None)
 
 
-@torch.library.custom_op("sparsity::blocks_activated", mutates_args=())
+@product.define(
+    "blocks_activated", lambda x, values, columns, starts, bias, out, activation: x.new_empty(*x.shape[:-1], out)
+)
 def _blocks_activated(
     x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor | None, out: int, activation: str
 ) -> Tensor:
@@ -109,21 +110,21 @@ def _activated(
     if cuda.serves(x):
         from sparsity.ops.cuda import blocks as kernels
 
-        y = kernels.linear(flattened(x), values, columns, starts, bias, out, activation)
+        y = kernels.linear(product.flattened(x), values, columns, starts, bias, out, activation)
         return y.view(*x.shape[:-1], out)
-    if not linear.is_native(x, values):
+    if not product.is_native(x, values):
         with torch.autocast(x.device.type, enabled=False):
             y = F.linear(x, decompressed_blocks(values, columns, starts, out, width), bias)
         return ACTIVATIONS[activation](y) if activation else y
-    flat, bias = wide(flattened(x)), None if bias is None else wide(bias)
+    flat, bias = product.wide(product.flattened(x)), None if bias is None else product.wide(bias)
     y = flat.new_empty(len(flat), out)
-    _call("sparsity_blocks", wide(values), columns, starts, out, width, flat, len(flat), bias, y)
+    _call("sparsity_blocks", product.wide(values), columns, starts, out, width, flat, len(flat), bias, y)
     if activation:
         IN_PLACE[activation](y)
-    return y.view(*x.shape[:-1], out).to(x.dtype)
+    return product.shaped(y, x)
 
 
-@torch.library.custom_op("sparsity::blocks_input", mutates_args=())
+@product.define("blocks_input", lambda y, values, columns, starts, width: y.new_empty(*y.shape[:-1], width))
 def _blocks_input(y: Tensor, values: Tensor, columns: Tensor, starts: Tensor, width: int) -> Tensor:
     """``y W`` for ``y [..., out]``: ``[..., width]``."""
     out = y.shape[-1]
@@ -131,93 +132,51 @@ def _blocks_input(y: Tensor, values: Tensor, columns: Tensor, starts: Tensor, wi
     if cuda.serves(y) and width > 0:
         from sparsity.ops.cuda import blocks as kernels
 
-        return kernels.linear_input(flattened(y), values, columns, starts, width).view(*y.shape[:-1], width)
-    if not linear.is_native(y, values):
+        return kernels.linear_input(product.flattened(y), values, columns, starts, width).view(*y.shape[:-1], width)
+    if not product.is_native(y, values):
         with torch.autocast(y.device.type, enabled=False):
             return y @ decompressed_blocks(values, columns, starts, out, width)
-    flat = wide(flattened(y))
+    flat = product.wide(product.flattened(y))
     x = flat.new_empty(len(flat), width)
-    _call("sparsity_blocks_input", wide(values), columns, starts, out, width, flat, len(flat), x)
-    return x.view(*y.shape[:-1], width).to(y.dtype)
+    _call("sparsity_blocks_input", product.wide(values), columns, starts, out, width, flat, len(flat), x)
+    return product.shaped(x, y)
 
 
-@torch.library.custom_op("sparsity::blocks_values", mutates_args=())
+@product.define("blocks_values", lambda y, x, columns, starts, side: x.new_empty(columns.shape[0], side, side))
 def _blocks_values(y: Tensor, x: Tensor, columns: Tensor, starts: Tensor, side: int) -> Tensor:
     """``y^T x`` at the kept blocks: ``[blocks, side, side]``, zero beyond the matrix."""
     out, width = y.shape[-1], x.shape[-1]
     values = x.new_empty(len(columns), side, side)
     _check(values, columns, starts, x, y, out, width)
-    flat_y, flat_x = flattened(y), flattened(x)
+    flat_y, flat_x = product.flattened(y), product.flattened(x)
     if cuda.serves(x) and out > 0:
         from sparsity.ops.cuda import blocks as kernels
 
         return kernels.linear_values(flat_y, flat_x, columns, starts, values)
-    if not linear.is_native(x, values):
+    if not product.is_native(x, values):
         with torch.autocast(x.device.type, enabled=False):
             return _cut(flat_y.t() @ flat_x, side)[rows_of(values, starts), columns.long()]
     values = values.to(torch.promote_types(x.dtype, torch.float32))
-    _call("sparsity_blocks_values", values, columns, starts, out, width, wide(flat_y), wide(flat_x), len(flat_x))
+    _call(
+        "sparsity_blocks_values",
+        values,
+        columns,
+        starts,
+        out,
+        width,
+        product.wide(flat_y),
+        product.wide(flat_x),
+        len(flat_x),
+    )
     return values.to(x.dtype)
 
 
-@_blocks_activated.register_fake
-def _(
-    x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor | None, out: int, activation: str
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out)
-
-
-@_blocks.register_fake
-def _(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor | None, out: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out)
-
-
-@_blocks_input.register_fake
-def _(y: Tensor, values: Tensor, columns: Tensor, starts: Tensor, width: int) -> Tensor:
-    return y.new_empty(*y.shape[:-1], width)
-
-
-@_blocks_values.register_fake
-def _(y: Tensor, x: Tensor, columns: Tensor, starts: Tensor, side: int) -> Tensor:
-    return x.new_empty(columns.shape[0], side, side)
-
-
-# As in `linear`: one trilinear form, so the gradients of each operation are the other two.
-
-
-def _blocks_backward(ctx: Any, y: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, columns, starts = ctx.saved_tensors
-    wanted, ops = ctx.needs_input_grad, torch.ops.sparsity
-    return (
-        ops.blocks_input(y, values, columns, starts, x.shape[-1]) if wanted[0] else None,
-        ops.blocks_values(y, x, columns, starts, values.shape[-1]) if wanted[1] else None,
-        None, None, flattened(y).sum(0) if ctx.biased and wanted[4] else None, None,
-    )  # fmt: skip
-
-
-def _blocks_input_backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
-    y, values, columns, starts = ctx.saved_tensors
-    wanted, ops = ctx.needs_input_grad, torch.ops.sparsity
-    return (
-        ops.blocks(x, values, columns, starts, None, y.shape[-1]) if wanted[0] else None,
-        ops.blocks_values(y, x, columns, starts, values.shape[-1]) if wanted[1] else None,
-        None, None, None,
-    )  # fmt: skip
-
-
-def _blocks_values_backward(ctx: Any, values: Tensor) -> tuple[Tensor | None, ...]:
-    y, x, columns, starts = ctx.saved_tensors
-    wanted, ops = ctx.needs_input_grad, torch.ops.sparsity
-    return (
-        ops.blocks(x, values, columns, starts, None, y.shape[-1]) if wanted[0] else None,
-        ops.blocks_input(y, values, columns, starts, x.shape[-1]) if wanted[1] else None,
-        None, None, None,
-    )  # fmt: skip
-
-
-_blocks.register_autograd(_blocks_backward, setup_context=linear.save)
-_blocks_input.register_autograd(_blocks_input_backward, setup_context=linear.save)
-_blocks_values.register_autograd(_blocks_values_backward, setup_context=linear.save)
+product.differentiate(
+    "blocks",
+    lambda y, x, values, columns, starts: torch.ops.sparsity.blocks(x, values, columns, starts, None, y.shape[-1]),
+    lambda x, y, values, columns, starts: torch.ops.sparsity.blocks_input(y, values, columns, starts, x.shape[-1]),
+    lambda values, y, x, columns, starts: torch.ops.sparsity.blocks_values(y, x, columns, starts, values.shape[-1]),
+)
 
 
 def in_blocks(mask: Tensor, side: int) -> bool:
@@ -243,7 +202,7 @@ def _check(
 ) -> None:
     """Raises what the C++ would not survive."""
     side = values.shape[-1]
-    check_alike((values, x, y), columns, starts)
+    product.check_alike((values, x, y), columns, starts)
     if values.ndim != 3 or values.shape != (len(columns), side, side) or side not in SIDES:
         raise ValueError(f"expected {len(columns)} square blocks of 16, 32, 64 or 128, got {tuple(values.shape)}")
     if columns.dtype != torch.int32 or starts.dtype != torch.int64 or columns.ndim != 1 or starts.ndim != 1:
@@ -252,12 +211,12 @@ def _check(
         raise ValueError(
             f"{out} rows in blocks of {side} have {-(-out // side)} block rows, starts say {len(starts) - 1}"
         )
-    check_batch(x, y, out)
+    product.check_batch(x, y, out)
     check_places(columns, starts, -(-width // side))
 
 
 def _call(
     name: str, values: Tensor, columns: Tensor, starts: Tensor, out: int, width: int, *others: Tensor | int | None
 ) -> None:
-    native_call(name, [values, values.element_size(), columns.contiguous(), starts.contiguous()],
+    product.native_call(name, [values, values.element_size(), columns.contiguous(), starts.contiguous()],
                 [values.shape[-1], out, width, *others])  # fmt: skip

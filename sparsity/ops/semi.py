@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparsity.ops.linear import autocasted, flattened
+from sparsity.ops import product
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def semi_sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, ma
     if len({each.device for each in given}) > 1:
         raise ValueError(f"expected tensors on one device, got {', '.join(str(each.device) for each in given)}")
     # Only what the weight would be cast to is looked at: a cast of it for each call would be packed anew for each.
-    x, like, bias = autocasted(x, weight[:0], bias)
+    x, like, bias = product.autocasted(x, weight[:0], bias)
     if any(each.dtype != x.dtype for each in (like, bias) if each is not None):
         raise ValueError(f"expected x, a weight and a bias of one dtype, got {x.dtype} and {weight.dtype}")
     y: Tensor = torch.ops.sparsity.semi(x, weight, bias, mask)
@@ -64,7 +64,7 @@ def _semi(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -
     with torch.autocast(x.device.type, enabled=False):
         if packed is None or not x.numel():
             return F.linear(x, _kept(weight, mask, x.dtype), bias)
-        return F.linear(flattened(x).contiguous(), packed, bias).view(*x.shape[:-1], len(weight))
+        return F.linear(product.flattened(x).contiguous(), packed, bias).view(*x.shape[:-1], len(weight))
 
 
 @torch.library.custom_op("sparsity::semi_input", mutates_args=())
@@ -74,7 +74,7 @@ def _semi_input(y: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
     with torch.autocast(y.device.type, enabled=False):
         if packed is None or not y.numel():
             return y @ _kept(weight, mask, y.dtype)
-        return F.linear(flattened(y).contiguous(), packed).view(*y.shape[:-1], weight.shape[1])
+        return F.linear(product.flattened(y).contiguous(), packed).view(*y.shape[:-1], weight.shape[1])
 
 
 @_semi.register_fake
@@ -94,7 +94,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _slope(y: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
     """``y^T x``, the gradient of the weight, where the mask is True."""
     with torch.autocast(y.device.type, enabled=False):
-        found = (flattened(y).t() @ flattened(x)).to(weight.dtype)
+        found = (product.flattened(y).t() @ product.flattened(x)).to(weight.dtype)
     return found if mask is None else torch.where(mask, found, 0)
 
 
@@ -104,7 +104,7 @@ def _semi_backward(ctx: Any, y: Tensor) -> tuple[Tensor | None, ...]:
     return (
         torch.ops.sparsity.semi_input(y, weight, mask) if wanted[0] else None,
         _slope(y, x, weight, mask) if wanted[1] else None,
-        flattened(y).sum(0) if wanted[2] else None, None,
+        product.flattened(y).sum(0) if wanted[2] else None, None,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsity.ops import cuda, linear, native, select
+from sparsity.ops import cuda, native, product, select
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where kernels are imported, at their first use
@@ -18,7 +18,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "native" and native.library() is None:
         pytest.skip("no C++ compiler")
     least = 0 if request.param == "native" else 1 << 60
-    monkeypatch.setattr(linear, "WORK", least)
+    monkeypatch.setattr(product, "WORK", least)
     monkeypatch.setattr(select, "LARGE", least)
     return str(request.param)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsity.ops import bitmap, bitmap_linear, compressed_bitmap, decompressed_bitmap, linear, native
+from sparsity.ops import bitmap, bitmap_linear, compressed_bitmap, decompressed_bitmap, native, product
 from tests.ops.close import TOLERANCE, close
 
 SHAPES = [(1, 1, 1), (1, 16, 4), (2, 33, 17), (3, 5, 7), (4, 64, 40), (5, 31, 64), (9, 100, 3), (17, 257, 33)]
@@ -127,7 +127,7 @@ for batch in (1, 3, 40):
 
 def test_memory_that_was_used_before_does_not_matter() -> None:
     # glibc fills what it gives with other bytes, here and in C++, and torch what `empty` gives with NaN.
-    code = "from sparsity.ops import linear\nlinear.WORK = 0" + FRESH
+    code = "from sparsity.ops import product\nproduct.WORK = 0" + FRESH
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "MALLOC_PERTURB_": "1"}, capture_output=True, text=True
     )
@@ -144,7 +144,7 @@ def test_processors_without_long_vectors(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(native, "SOURCES", tmp_path / "cpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "FLAGS", ("-std=c++17", "-O1", "-march=x86-64", "-shared", "-fPIC"))
-    monkeypatch.setattr(linear, "WORK", 0)
+    monkeypatch.setattr(product, "WORK", 0)
     native.library.cache_clear()
     try:
         assert native.library() is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsity.ops import block_sparse_linear, compressed_blocks, decompressed_blocks, linear
+from sparsity.ops import block_sparse_linear, compressed_blocks, decompressed_blocks, product
 from tests.ops.close import TOLERANCE, close
 
 SHAPES = [(1, 16, 16), (3, 33, 20), (2, 16, 70), (17, 70, 50), (40, 100, 130), (150, 64, 33), (70, 129, 257)]
@@ -198,7 +198,7 @@ for batch in (1, 40, 300):
 
 def test_memory_that_was_used_before_does_not_matter() -> None:
     # glibc fills what it gives with other bytes, here and in C++, and torch what `empty` gives with NaN.
-    code = f"from sparsity.ops import linear\nlinear.WORK = {linear.WORK}" + FRESH
+    code = f"from sparsity.ops import product\nproduct.WORK = {product.WORK}" + FRESH
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "MALLOC_PERTURB_": "1"}, capture_output=True, text=True
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsity.ops import compressed, decompressed, linear, sparse_linear
+from sparsity.ops import compressed, decompressed, product, sparse_linear
 from tests.ops.close import TOLERANCE, close
 
 SHAPES = [
@@ -108,7 +108,7 @@ for batch in (1, 3, 40, 300):
 
 def test_memory_that_was_used_before_does_not_matter(backend: str) -> None:
     # glibc fills what it gives with other bytes, here and in C++, and torch what `empty` gives with NaN.
-    code = f"from sparsity.ops import linear\nlinear.WORK = {linear.WORK}" + FRESH
+    code = f"from sparsity.ops import product\nproduct.WORK = {product.WORK}" + FRESH
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "MALLOC_PERTURB_": "1"}, capture_output=True, text=True
     )
@@ -225,11 +225,11 @@ def test_layers_without_inputs_have_gradients() -> None:
 
 BOMB = """
 import resource, torch
-from sparsity.ops import compressed, linear, sparse_linear
+from sparsity.ops import compressed, product, sparse_linear
 values, columns, starts = compressed(torch.eye(4, 4_000_000))
 x = torch.ones(3, 4_000_000)
 sparse_linear(x[:, :4], *compressed(torch.eye(4)))
-linear.WORK = 0
+product.WORK = 0
 sparse_linear(x[:, :4].contiguous(), *compressed(torch.eye(4)))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20), -1))

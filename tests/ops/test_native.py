@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsity.ops import compressed, kth_largest, linear, native, select, sparse_linear
+from sparsity.ops import compressed, kth_largest, native, product, select, sparse_linear
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def fresh() -> Iterator[None]:
 
 def works(monkeypatch: pytest.MonkeyPatch) -> None:
     """What would run in C++ gives its results."""
-    monkeypatch.setattr(linear, "WORK", 0)
+    monkeypatch.setattr(product, "WORK", 0)
     monkeypatch.setattr(select, "LARGE", 0)
     weight, x = torch.eye(3), torch.randn(2, 3)
     assert torch.equal(sparse_linear(x, *compressed(weight)), x)

@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int64_t kRows = 256;  // rows of the weight that a thread takes at a time
+constexpr int kWays = 8;        // sums of a row, none of which waits for another
 
 // A weight of [rows, columns] in compressed rows: those of row r are at starts[r] .. starts[r + 1].
 template <class Real, class Index>
@@ -51,10 +52,16 @@ template <class Real, class Index>
 void forward_one(const Weight<Real, Index>& w, const Real* x, const Real* bias, Real* y, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < w.rows; ++row) {
-        Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t p = w.starts[row]; p < w.starts[row + 1]; ++p) sum += w.values[p] * x[w.columns[p]];
-        y[row] = sum + (bias ? bias[row] : Real{0});
+        Real sums[kWays] = {};
+        int64_t p = w.starts[row];
+        const int64_t end = w.starts[row + 1];
+        for (; p + kWays <= end; p += kWays) {
+            for (int i = 0; i < kWays; ++i) sums[i] += w.values[p + i] * x[w.columns[p + i]];
+        }
+        for (; p < end; ++p) sums[0] += w.values[p] * x[w.columns[p]];
+        Real sum = bias ? bias[row] : Real{0};
+        for (const Real each : sums) sum += each;
+        y[row] = sum;
     }
 }
 

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsity.ops import cuda
-from sparsity.ops.linear import Remembered, rows_of
+from sparsity.ops.linear import rows_of
+from sparsity.ops.product import Remembered
 
 GROUP = 4  # tiles of a batch that are worked on together: their blocks come from the cache
 WAVES = 2  # programs for each multiprocessor, below which sums over the batch are split
