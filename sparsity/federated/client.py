@@ -83,8 +83,7 @@ def client_update(
             others = islice(source.batches(indices, order), local.gradients - 1) if moves else iter(())
             moves = False
             steps += _step(site, [batch, *others], steps, task.number - (not moved), pulls, local.clip)
-    mask = task.mask if site.sparsifier is None else site.mask
-    return Update(site.layout.read(), mask, len(indices), _more(site, task, pulls, steps))
+    return Update(site.layout.read(), site.mask if moved else task.mask, len(indices), _more(site, task, pulls, steps))
 
 
 class Pulls:

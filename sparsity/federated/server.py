@@ -39,33 +39,48 @@ class Sums:
 
     def __init__(self, layout: Layout, more: dict[str, int]) -> None:
         self.values = Exact(layout.size)
-        self.holders = torch.zeros(layout.masked, dtype=torch.int64)  # the samples of those that keep a weight
+        self._holders = torch.zeros(layout.masked, dtype=torch.int64)
         self.more = {name: Exact(size) for name, size in more.items()}
-        self.totals = torch.zeros(2, dtype=torch.int64)  # samples, clients
+        self._totals = torch.zeros(2, dtype=torch.int64)  # samples, clients
+        self._mask: Tensor | None = None  # of the last clients that were added
+        self._last = [0, 0]  # their samples and how many they are, which the tensors do not have yet
 
     def add(self, update: Update) -> None:
         """Adds an update that has been looked at (`tolerance.refuse`)."""
         for name, total in self.more.items():
             total.add(update.more[name])
         self.values.add(update.values, update.samples)
-        self.holders.add_(update.mask, alpha=update.samples)
-        self.totals[0] += update.samples
-        self.totals[1] += 1
+        if update.mask is not self._mask:
+            self._count()
+        self._mask, self._last = update.mask, [self._last[0] + update.samples, self._last[1] + 1]
 
     def tensors(self) -> list[Tensor]:
         """The integers to add up over processes, in place."""
         vectors = [self.values, *self.more.values()]
-        return [self.holders, self.totals, *(tensor for vector in vectors for tensor in vector.tensors())]
+        return [self.holders, self._totals, *(tensor for vector in vectors for tensor in vector.tensors())]
+
+    @property
+    def holders(self) -> Tensor:
+        """The samples of those that keep a weight, int64 of [masked]."""
+        self._count()
+        return self._holders
 
     @property
     def samples(self) -> int:
         """Of all updates."""
-        return int(self.totals[0])
+        return int(self._totals[0]) + self._last[0]
 
     @property
     def clients(self) -> int:
         """How many updates."""
-        return int(self.totals[1])
+        return int(self._totals[1]) + self._last[1]
+
+    def _count(self) -> None:
+        # Clients with the same mask count together: a vector for each would take longer than small clients train.
+        if self._mask is not None:
+            self._holders.add_(self._mask, alpha=self._last[0])
+            self._totals += torch.tensor(self._last)
+        self._mask, self._last = None, [0, 0]
 
 
 class FedAvg:

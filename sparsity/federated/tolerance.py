@@ -55,13 +55,13 @@ def refuse(update: Update, layout: Layout, more: dict[str, int], samples: int) -
 
     Also where it does not speak for its client's `samples`, by which it is weighted, or keeps no weight at all.
     """
-    # Counting takes a CPU less time than asking whether there are any.
     expected = {"values": layout.size, **more}
     vectors = {"values": update.values, **update.more}
     if update.samples != samples:
         raise InputError(f"the update is of {update.samples} samples, its client has {samples}")
-    if update.mask.dtype != torch.bool or len(update.mask) != layout.masked or not int(update.mask.count_nonzero()):
-        raise InputError(f"the update keeps {int(update.mask.sum())} of {len(update.mask)} weights")
+    kept = int(update.mask.count_nonzero())  # counting takes a CPU less time than asking whether there are any
+    if update.mask.dtype != torch.bool or len(update.mask) != layout.masked or not kept:
+        raise InputError(f"the update keeps {kept} of {len(update.mask)} weights")
     if {name: len(each) for name, each in vectors.items()} != expected:
         raise InputError(f"the update has { ({n: len(v) for n, v in vectors.items()}) }, expected {expected}")
     for name, vector in vectors.items():
@@ -71,5 +71,5 @@ def refuse(update: Update, layout: Layout, more: dict[str, int], samples: int) -
             raise InputError(f"{bad} of {len(vector)} {name} are NaN or infinite")
         if largest * update.samples >= LARGEST:
             raise InputError(f"{name} go up to {largest:g}, which is beyond any model's")
-    if int(update.values[: layout.masked].masked_fill(update.mask, 0).count_nonzero()):
+    if kept < layout.masked and int((update.values[: layout.masked] * ~update.mask).count_nonzero()):
         raise InputError("the update has values where its mask prunes")
