@@ -55,7 +55,7 @@ from callbacks import (
     Sparsify,
     StaticMask,
 )  # fmt: skip
-from sparsity import data, models
+from sparsity import data, models, rescaled
 from sparsity.congruent import Congruity
 from sparsity.federated import Federation, Local, Pathological, Protocol, simulate
 from sparsity.initial import SNIP, GraSP, SynFlow
@@ -111,14 +111,20 @@ CLIENTS: dict[str, Make] = {
     "FLASH": lambda: FLASH(FEDERATED),
     "StaticMask, federated": lambda: StaticMask(FEDERATED),
 }
-GROUPS = {"scratch": SCRATCH, "trained": TRAINED, "at once": AT_ONCE, "federated": CLIENTS}
+# The same from larger initial weights (`sparsity.rescaled`).
+LARGER = {f"{name}, rescaled": SCRATCH[name] for name in ("RigL", "SET", "StaticMask")}
+LARGER_CLIENTS = {f"{name}, rescaled": CLIENTS[name] for name in ("FedSGC", "FedDST", "StaticMask, federated")}
+GROUPS = {
+    "scratch": SCRATCH, "rescaled": LARGER, "trained": TRAINED, "at once": AT_ONCE, "federated": CLIENTS,
+    "federated, rescaled": LARGER_CLIENTS,
+}  # fmt: skip
 
 
 class Digit(models.Classifier):
     """SGD with Nesterov momentum, and a cosine where there is a trainer."""
 
-    def __init__(self) -> None:
-        super().__init__(models.LeNet300100(inputs=64))
+    def __init__(self, sparsity: float = 0.0) -> None:
+        super().__init__(rescaled(models.LeNet300100(inputs=64), sparsity))
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -139,12 +145,13 @@ def run(seed: int, group: str) -> list[dict[str, Any]]:
         dense, _ = trained(None, seed, EPOCHS)
     for name, make in GROUPS[group].items():
         method = make()
-        if group == "federated":
-            accuracy = federated(method, seed)
+        if group.startswith("federated"):
+            accuracy = federated(method, seed, FEDERATED if "rescaled" in group else 0.0)
         elif group == "at once":
             accuracy = pruned(method, seed, dense)
         else:
-            _, accuracy = trained(method, seed, MORE if dense else EPOCHS, dense)
+            larger = SPARSITY if group == "rescaled" else 0.0
+            _, accuracy = trained(method, seed, MORE if dense else EPOCHS, dense, larger)
         achieved = 1 - method.sparsifier.density() if method else 0.0
         rows.append(
             {"group": group, "method": name, "seed": seed, "sparsity": round(achieved, 4), "test_acc": accuracy}
@@ -152,10 +159,12 @@ def run(seed: int, group: str) -> list[dict[str, Any]]:
     return rows
 
 
-def trained(method: Sparsify | None, seed: int, epochs: int, start: Digit | None = None) -> tuple[Digit, float]:
-    """A network, trained, and its accuracy on the test images."""
+def trained(
+    method: Sparsify | None, seed: int, epochs: int, start: Digit | None = None, larger: float = 0.0
+) -> tuple[Digit, float]:
+    """A network, trained, and its accuracy on the test images; its first weights are scaled for so many zeros."""
     pl.seed_everything(seed, verbose=False)
-    module = copy.deepcopy(start) if start else Digit()
+    module = copy.deepcopy(start) if start else Digit(larger)
     runner = trainer(epochs, [method] if method else [])
     runner.fit(module, data.Digits())
     return module, tested(runner, module)
@@ -172,10 +181,12 @@ def pruned(method: Sparsify | None, seed: int, dense: Digit | None) -> float:
     return tested(trainer(1, []), module)
 
 
-def federated(method: Sparsify | None, seed: int) -> float:
+def federated(method: Sparsify | None, seed: int, larger: float) -> float:
     pl.seed_everything(seed, verbose=False)
     federation = Federation(clients=20, per_round=5, rounds=60, partition=Pathological(classes=2))
-    outcome = simulate(Digit(), data.Digits(batch_size=16), method, federation, Protocol(Local(epochs=3)), seed=seed)
+    outcome = simulate(
+        Digit(larger), data.Digits(batch_size=16), method, federation, Protocol(Local(epochs=3)), seed=seed
+    )
     return round(outcome.metrics["test/acc"], 6)
 
 
@@ -212,9 +223,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| method | training | zeros | test accuracy, % |", "|---|---|---|---|"]
     how = {
         "scratch": f"{EPOCHS} epochs",
+        "rescaled": f"{EPOCHS} epochs",
         "trained": f"dense, then {MORE}",
         "at once": "dense",
         "federated": "60 rounds",
+        "federated, rescaled": "60 rounds",
     }
     for row in rows:
         spread = "" if row["test_acc_std"] is None else f" ± {100 * row['test_acc_std']:.1f}"
