@@ -3,7 +3,8 @@
 Where the package is installed, `python -m sparsity fit ...` is the same.
 """
 
-from callbacks.commandline import Progress, Recipe, main
+from callbacks.commandline import Recipe, main
+from callbacks.trainer import Progress
 
 __all__ = ["Progress", "Recipe", "main"]
 

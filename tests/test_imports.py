@@ -51,8 +51,8 @@ ALLOWED = {
     "traces": {"shards"}, "drawing": set(), "page": {"drawing", "files", "history", "report", "traces"},
     "difference": {"checkpoints", "errors", "masks", "report", "targets"},
     "models": {"errors", "models"}, "data": {"errors", "data"},
-    "callbacks": set(), "__main__": set(),
-    "__init__": {"errors", "schedules", "sparsifier", "targets", "version"},
+    "rescale": {"distributions", "targets"}, "callbacks": set(), "__main__": set(),
+    "__init__": {"errors", "rescale", "schedules", "sparsifier", "targets", "version"},
 }  # fmt: skip
 
 
