@@ -9,6 +9,9 @@ has the same clients, rounds and order of batches for its seed. A tenth of the t
 of these, every fifth round. The test set is read once, after the last round. Results are kept as they come; a call that
 is repeated runs what is missing.
 
+Rows called `rescaled` begin with larger weights (`sparsity.rescaled`); those called `even` give all layers nearly the
+same density (`ScaledERK`, FedDST's) where the others have ERK.
+
 With few classes a client, accuracy goes up and down from round to round: `late` is the mean over the measurements of
 the last quarter of the rounds. `FedAvg then` is that of FedAvg over the quarter of its rounds before it had sent as
 many bytes as the method in all of its own, or, where that lies between two measurements, the second of them.
@@ -34,6 +37,7 @@ from callbacks import FedDST, FedSGC, PruneFL, StaticMask
 from sparsity import data, models
 from sparsity.congruent import Congruity, GradientCongruity
 from sparsity.data.images import Images
+from sparsity.distributions import ScaledERK
 from sparsity.federated import Dirichlet, FedAvg, Federation, Local, Pathological, Protocol, Running, simulate
 from sparsity.federated.partition import Partition
 from sparsity.federated.report import figure
@@ -84,8 +88,14 @@ METHODS: dict[str, tuple[Method, Protocol]] = {
     ),
 }  # fmt: skip
 DENSE = ("FedAvg", "FedProx")
-RESCALED = {f"{name}, rescaled": name for name in ("static", "PruneFL", "FedDST", "FedSGC, 0.4")}
-METHODS |= {name: METHODS[plain] for name, plain in RESCALED.items()}
+METHODS |= {f"{name}, rescaled": METHODS[name] for name in ("static", "PruneFL", "FedDST", "FedSGC, 0.4")}
+METHODS |= {
+    "static, rescaled, even": (lambda sparsity: StaticMask(sparsity, ScaledERK()), Protocol(Local(2))),
+    "FedDST, rescaled, even": (lambda sparsity: FedDST(sparsity, moves(), ScaledERK()), Protocol(Local(2))),
+    "FedSGC, 0.4, rescaled, even": (
+        lambda sparsity: FedSGC(sparsity, Congruity(0.4), moves(), ScaledERK()), Protocol(Local(2))
+    ),
+}  # fmt: skip
 
 
 class Trained(models.Classifier):
@@ -111,8 +121,8 @@ def run(name: str, case: Case, folder: str | None) -> dict[str, Any]:
     pl.seed_everything(seed, verbose=False)
     make, protocol = METHODS[method]
     net = setting.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a layout
-    if method in RESCALED:
-        rescaled(net, sparsity)
+    if "rescaled" in method:
+        rescaled(net, sparsity, ScaledERK() if "even" in method else None)
     outcome = simulate(
         Trained(net, setting.rate), setting.images(folder),
         make(sparsity), Federation(100, 10, setting.rounds, PARTITIONS[split]()), protocol,

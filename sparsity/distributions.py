@@ -1,6 +1,6 @@
 """Distributions: how many weights each layer keeps. `(scores, density) -> {name: count}`, summing to the budget.
 
-Uniform, Uniform+, ER and ERK look only at shapes, the others also at values; all have the one signature.
+Uniform, Uniform+, ER and both kinds of ERK look only at shapes, the others also at values; all have the one signature.
 """
 
 import math
@@ -71,6 +71,20 @@ def erk(shapes: Shapes, density: float) -> Counts:
     return _proportional({name: sum(shape) for name, shape in shapes.items()}, shapes, density)
 
 
+def scaled_erk(shapes: Shapes, density: float) -> Counts:
+    """The *sparsity* of a layer goes as 1 - (sum of its axes) / (product of its axes), 0 at least: nearly uniform.
+
+    The formula that the public code of FedDST (Bibikar et al., arXiv 2112.09824), and of those that followed it, calls
+    ERK; here with one factor for all layers, so that the budget is exact. Where `erk` leaves a convolution with many
+    channels a small part of its weights, this leaves it about as much as the others.
+    """
+    sizes = _sizes(shapes)
+    weights = {name: max(0, sizes[name] - sum(shape)) for name, shape in shapes.items()}
+    pruned = sum(sizes.values()) - budget(shapes, density)
+    rate = pruned / max(1, sum(weights.values()))
+    return _whole({name: sizes[name] - rate * weights[name] for name in sizes}, shapes, density)
+
+
 def _proportional(parts: Mapping[str, int], shapes: Shapes, density: float) -> Counts:
     """Counts in proportion to `parts`; layers that this would more than fill stay dense."""
     sizes, kept = _sizes(shapes), budget(shapes, density)
@@ -121,6 +135,13 @@ class ERK(Distribution):
 
     def __call__(self, scores: Mapping[str, Tensor], density: float) -> Counts:
         return erk(_shapes(scores), density)
+
+
+class ScaledERK(Distribution):
+    """Nearly uniform, by the formula of FedDST's code (`scaled_erk`)."""
+
+    def __call__(self, scores: Mapping[str, Tensor], density: float) -> Counts:
+        return scaled_erk(_shapes(scores), density)
 
 
 class Global(Distribution):

@@ -14,11 +14,13 @@ from sparsity.distributions import (
     Global,
     LayerAdaptive,
     PerLayer,
+    ScaledERK,
     Uniform,
     UniformPlus,
     budget,
     er,
     erk,
+    scaled_erk,
     uniform,
     uniform_plus,
 )
@@ -35,7 +37,7 @@ CNN: Shapes = {"conv1": (16, 3, 3, 3), "conv2": (32, 16, 3, 3), "conv3": (64, 32
 ODD: Shapes = {"a": (7, 13), "b": (101, 3), "c": (1, 50), "d": (5, 5, 5), "e": (11, 2, 3, 1)}
 NETS = pytest.mark.parametrize("shapes", [MLP, CNN, ODD], ids=["mlp", "cnn", "odd"])
 DENSITIES = pytest.mark.parametrize("density", [1.0, 0.999, 0.5, 1 / 3, 0.2, 0.12])
-DISTRIBUTIONS = [Uniform(), UniformPlus(), ER(), ERK(), Global(), Global(0.003), PerLayer({"*": 0.9})]
+DISTRIBUTIONS = [Uniform(), UniformPlus(), ER(), ERK(), ScaledERK(), Global(), Global(0.003), PerLayer({"*": 0.9})]
 each_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda each: type(each).__name__)
 
 
@@ -202,6 +204,25 @@ def test_erk_by_hand(density: float, counts: Counts) -> None:
     shapes: Shapes = {"a": (4, 4), "b": (16, 16)}
     assert erk(shapes, density) == counts
     assert er(shapes, density) == counts
+
+
+def test_scaled_erk_by_hand() -> None:
+    # Of 8 and 100 weights 2 and 80 are beyond the sums of axes; 54 of 108 are pruned, so 0.6585 of these in each.
+    assert scaled_erk({"a": (2, 4), "b": (10, 10)}, 0.5) == {"a": 7, "b": 47}
+
+
+@NETS
+def test_scaled_erk_scales_sparsities_by_one_factor(shapes: Shapes) -> None:
+    counts = scaled_erk(shapes, 0.5)
+    factors = []
+    for name, shape in shapes.items():
+        size, axes = math.prod(shape), sum(shape)
+        if axes >= size:
+            assert counts[name] == size
+        else:
+            least, most = ((size - counts[name] - 1) / (size - axes), (size - counts[name] + 1) / (size - axes))
+            factors.append((least, most))
+    assert max(least for least, _ in factors) <= min(most for _, most in factors)
 
 
 def test_er_and_erk_differ_by_the_kernel() -> None:
