@@ -8,6 +8,9 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from pytorch_lightning.cli import LightningArgumentParser
+from torch import optim
+
+from sparsity import data, distributions, federated, models, redistribution, schedules, scores
 
 from . import Sparsify
 from . import __all__ as PUBLIC
@@ -44,14 +47,23 @@ def reason(message: str) -> str:
 
 
 def _advice(message: str, program: str) -> str:
-    """What would work instead of an unknown method, an unknown option, or anything else."""
+    """What would work instead of an unknown method, an unknown option, an unknown class, or anything else."""
     if option := re.search(r"class_path '(.+)':\s+Option '(\w+)' is not accepted", message):
         accepted = _parameters(option[1])
         near = difflib.get_close_matches(option[2], accepted, n=1)
         return f"{near[0]}, one of: {', '.join(accepted)}" if near else f"one of: {', '.join(accepted)}"
     if re.search(r'key "sparsity"', message) and "Problem with given class_path" not in message:
         return f"one of: {', '.join(sorted(each.__name__ for each in _methods(Sparsify)))}, or null for dense"
+    if unknown := re.search(r"Expected a dot import path string: (\w+)", message):
+        near = difflib.get_close_matches(unknown[1], _classes(), n=3)
+        return " or ".join(near) if near else f"{program} --help"
     return f"{program} --help"
+
+
+def _classes() -> set[str]:
+    """The names of classes that recipes are likely to mean."""
+    parts = (data, distributions, federated, models, redistribution, schedules, scores, optim, optim.lr_scheduler)
+    return {name for part in parts for name, each in vars(part).items() if inspect.isclass(each)} | set(PUBLIC)
 
 
 def _parameters(class_path: str) -> list[str]:

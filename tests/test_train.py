@@ -139,7 +139,9 @@ ERRORS = {
     "--sparsity.sparsity=many": r"Expected a <class 'float'>. Got value: many",
     "--sparsity.pattern=124": r'pattern must be text, got the number 124: .*; write "2:4"',
     "--sparsity.pattern=2-4": r"unknown pattern '2-4'",
-    "--sparsity.schedule=Cubik": r"no class is called 'Cubik'",
+    "--sparsity.schedule=Cubik": r"(?s)no class is called 'Cubik'.*try: Cubic",
+    "--model.net=LeNet30010": r"no class is called 'LeNet30010'\ntry: LeNet300100 or ",
+    "--optimizer=Adaam": r"no class is called 'Adaam'\ngot: Adaam\ntry: Adam or ",
     "--sparsity.schedule.end=5000": r"end=5000 is step 5000, after the end of training at step 42",
     "--sparsity.schedule.endd=0.5": r"Option 'endd' is not accepted\ntry: end, one of: start, end, every, initial",
     "--trainer.max_epoch=3": r"unrecognized arguments: --trainer.max_epoch=3",
@@ -148,7 +150,7 @@ ERRORS = {
     "--sparsity.sparsity=0.999999": r"cannot be met over 50200 .*: it keeps none; the highest that can is 0.99998",
     "--ckpt_path=nowhere.ckpt": r"no checkpoint at 'nowhere.ckpt'",
     "--ckpt_path=last": r"no last.ckpt under '.*': train with ModelCheckpoint\(save_last=True\)",
-    "--data=Digit": r"no class is called 'Digit'",
+    "--data=Digit": r"no class is called 'Digit'\ngot: Digit\ntry: Digits",
 }  # fmt: skip
 
 
