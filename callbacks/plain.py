@@ -8,12 +8,15 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from pytorch_lightning.cli import LightningArgumentParser
-from torch import optim
-
-from sparsity import data, distributions, federated, models, redistribution, schedules, scores
 
 from . import Sparsify
 from . import __all__ as PUBLIC
+
+OURS = (
+    "congruent", "data", "distributions", "federated", "initial", "models", "oneshot", "redistribution", "schedules",
+    "scores", "targets",
+)  # fmt: skip
+OTHERS = ("torch.optim", "torch.optim.lr_scheduler", "pytorch_lightning.callbacks")
 
 
 class PlainParser(LightningArgumentParser):
@@ -62,8 +65,12 @@ def _advice(message: str, program: str) -> str:
 
 def _classes() -> set[str]:
     """The names of classes that recipes are likely to mean."""
-    parts = (data, distributions, federated, models, redistribution, schedules, scores, optim, optim.lr_scheduler)
-    return {name for part in parts for name, each in vars(part).items() if inspect.isclass(each)} | set(PUBLIC)
+    parts = [import_module(f"sparsity.{own}") for own in OURS] + [import_module(other) for other in OTHERS]
+    found = {
+        name for part in parts for name, each in vars(part).items()
+        if inspect.isclass(each) and not name.startswith("_") and each.__module__.startswith(part.__name__)
+    }  # fmt: skip
+    return found | set(PUBLIC)
 
 
 def _parameters(class_path: str) -> list[str]:

@@ -75,12 +75,15 @@ def scaled_erk(shapes: Shapes, density: float) -> Counts:
     """The *sparsity* of a layer goes as 1 - (sum of its axes) / (product of its axes), 0 at least: nearly uniform.
 
     The formula that the public code of FedDST (Bibikar et al., arXiv 2112.09824), and of those that followed it, calls
-    ERK; here with one factor for all layers, so that the budget is exact. Where `erk` leaves a convolution with many
-    channels a small part of its weights, this leaves it about as much as the others.
+    ERK; the budget is exact here. Where `erk` leaves a convolution with many channels a small part of its weights, this
+    leaves it about as much as the others. Layers with a single input or output stay dense.
     """
-    sizes = _sizes(shapes)
+    sizes, kept = _sizes(shapes), budget(shapes, density)
     weights = {name: max(0, sizes[name] - sum(shape)) for name, shape in shapes.items()}
-    pruned = sum(sizes.values()) - budget(shapes, density)
+    least = sum(1 if weights[name] else size for name, size in sizes.items())
+    if kept < least:
+        raise InputError(_infeasible(density, "scaled ERK empties a layer", least, sum(sizes.values())))
+    pruned = sum(sizes.values()) - kept
     rate = pruned / max(1, sum(weights.values()))
     return _whole({name: sizes[name] - rate * weights[name] for name in sizes}, shapes, density)
 

@@ -20,7 +20,7 @@ def rescaled(
     is scaled as a whole, whatever its initialisation was, so no mask has to be there yet.
 
     For methods whose masks are random at first (StaticMask, SET, RigL, FedDST, FedSGC ...), with their `sparsity`,
-    `distribution` (`ERK()` if not given) and `targets`; not for a network that is trained already.
+    `distribution` (`ERK()` if not given, as in most of them) and `targets`; not for a network that is trained already.
 
     Raises `InputError` for a sparsity that cannot be met.
     """

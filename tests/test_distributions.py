@@ -211,6 +211,13 @@ def test_scaled_erk_by_hand() -> None:
     assert scaled_erk({"a": (2, 4), "b": (10, 10)}, 0.5) == {"a": 7, "b": 47}
 
 
+def test_scaled_erk_refuses_what_would_empty_a_layer() -> None:
+    shapes = {"hidden": (300, 64), "head": (1, 300)}  # the head stays dense, so that 301 weights are the fewest
+    assert scaled_erk(shapes, 301 / 19500) == {"hidden": 1, "head": 300}
+    with pytest.raises(InputError, match=r"scaled ERK empties a layer; the highest that can is 0.984564"):
+        scaled_erk(shapes, 300 / 19500)
+
+
 @NETS
 def test_scaled_erk_scales_sparsities_by_one_factor(shapes: Shapes) -> None:
     counts = scaled_erk(shapes, 0.5)

@@ -1,6 +1,7 @@
 """Linear layers by their kept blocks only: square blocks of the weight, in plain index and value tensors."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -177,6 +178,16 @@ product.differentiate(
     lambda x, y, values, columns, starts: torch.ops.sparsity.blocks_input(y, values, columns, starts, x.shape[-1]),
     lambda values, y, x, columns, starts: torch.ops.sparsity.blocks_values(y, x, columns, starts, values.shape[-1]),
 )
+
+
+def _no_gradient(context: Any, y: Tensor) -> None:
+    raise RuntimeError(
+        "sparsity::blocks_activated has no gradient: it is traced where none is wanted, as under torch.no_grad; trace "
+        "with tensors that require gradients, or without it"
+    )
+
+
+torch.library.register_autograd("sparsity::blocks_activated", _no_gradient)
 
 
 def in_blocks(mask: Tensor, side: int) -> bool:

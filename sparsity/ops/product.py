@@ -28,7 +28,9 @@ def define(name: str, fake: Function) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         schema = torch.library.infer_schema(function, mutates_args=())
         torch.library.define(f"sparsity::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(f"sparsity::{name}", "CompositeExplicitAutograd")(function)
+        # Dynamo, where it has given up on a caller, is not to compile what this does; `disable` would import it now.
+        plain = torch._disable_dynamo(function)  # type: ignore[attr-defined]  # not among what torch exports
+        torch.library.impl(f"sparsity::{name}", "CompositeExplicitAutograd")(plain)
         torch.library.register_fake(f"sparsity::{name}", fake)
         return function
 

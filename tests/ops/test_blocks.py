@@ -233,3 +233,11 @@ def test_what_does_not_fit_is_refused(change: dict[str, Tensor], error: type[Exc
 def test_what_cannot_be_compressed_is_refused(weight: Tensor, mask: Tensor | None, side: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compressed_blocks(weight, mask, side)
+
+
+def test_what_was_traced_without_gradients_refuses_to_give_any() -> None:
+    x = torch.randn(2, 16, requires_grad=True)
+    values, columns, starts = compressed_blocks(torch.randn(16, 16), side=16)
+    y = torch.ops.sparsity.blocks_activated(x, values, columns, starts, None, 16, "relu")
+    with pytest.raises(RuntimeError, match="blocks_activated has no gradient"):
+        y.sum().backward()
