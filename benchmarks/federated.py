@@ -1,6 +1,7 @@
 """Accuracy against rounds and against bytes: sparse federated methods beside dense ones, on non-IID clients.
 
     python -m benchmarks.federated mnist --data data/mnist
+    python -m benchmarks.federated mnist_long --data data/mnist    # 150 rounds instead of 60
     python -m benchmarks.federated cifar10 --data data/cifar10
 
 100 clients, 10 of them in a round, two epochs each, plain averages; networks and other settings are those of FedDST's
@@ -59,6 +60,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "mnist": Setting(models.FedMNISTNet, lambda folder: data.MNIST(folder, 50), 60, 0.01),
+    "mnist_long": Setting(models.FedMNISTNet, lambda folder: data.MNIST(folder, 50), 150, 0.01),
     "cifar10": Setting(models.FedCIFARNet, lambda folder: data.CIFAR10(folder, 50, augment=False), 100, 0.01),
 }
 PARTITIONS: dict[str, Callable[[], Partition]] = {

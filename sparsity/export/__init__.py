@@ -28,7 +28,7 @@ from . import bitmask, nm, program, shrunk
 from .program import Inputs
 from .tensors import About, State, distinct, opened, size, state, write
 
-__all__ = ["ENDINGS", "load", "read", "save", "summary", "written"]
+__all__ = ["ENDINGS", "load", "read", "save", "summary"]
 
 ENDINGS = {
     "dense": ".safetensors", "compressed": ".safetensors", "nm": ".safetensors", "shrunk": ".safetensors",
