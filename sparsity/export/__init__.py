@@ -21,7 +21,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sparsity.errors import InputError
-from sparsity.files import written
 from sparsity.targets import clean, is_transposed
 
 from . import bitmask, nm, program, shrunk
