@@ -222,7 +222,7 @@ def main() -> None:
     rows = save(path, options.setting, runs)["summary"]
     print(table(rows))
     draw(path, runs)
-    readme.write(f"federated {options.setting}", table(rows), "benchmarks/README.md")
+    readme.write(f"federated {options.setting.replace('_', ' ')}", table(rows), "benchmarks/README.md")
 
 
 def draw(path: Path, runs: list[dict[str, Any]]) -> None:
