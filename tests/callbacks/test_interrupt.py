@@ -30,9 +30,9 @@ class PressCtrlC(pl.Callback):
 
 @pytest.fixture(autouse=True)
 def handler() -> Iterator[Any]:
-    """Lightning leaves Ctrl-C ignored behind it."""
-    before = signal.getsignal(signal.SIGINT)
-    yield before
+    """Python's own: programs that a shell starts in the background ignore Ctrl-C, as Lightning does behind it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
     signal.signal(signal.SIGINT, before)
 
 
