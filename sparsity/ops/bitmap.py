@@ -112,8 +112,8 @@ def _bitmap_values(y: Tensor, x: Tensor, bits: Tensor, starts: Tensor, count: in
 product.differentiate(
     "bitmap",
     lambda y, x, values, bits, starts: torch.ops.sparsity.bitmap(x, values, bits, starts, None),
-    lambda x, y, values, bits, starts: torch.ops.sparsity.bitmap_input(y, values, bits, starts, x.shape[-1]),
-    lambda values, y, x, bits, starts: torch.ops.sparsity.bitmap_values(y, x, bits, starts, values.shape[0]),
+    lambda y, x, values, bits, starts: torch.ops.sparsity.bitmap_input(y, values, bits, starts, x.shape[-1]),
+    lambda y, x, values, bits, starts: torch.ops.sparsity.bitmap_values(y, x, bits, starts, values.shape[0]),
 )
 
 

@@ -175,8 +175,8 @@ def _blocks_values(y: Tensor, x: Tensor, columns: Tensor, starts: Tensor, side: 
 product.differentiate(
     "blocks",
     lambda y, x, values, columns, starts: torch.ops.sparsity.blocks(x, values, columns, starts, None, y.shape[-1]),
-    lambda x, y, values, columns, starts: torch.ops.sparsity.blocks_input(y, values, columns, starts, x.shape[-1]),
-    lambda values, y, x, columns, starts: torch.ops.sparsity.blocks_values(y, x, columns, starts, values.shape[-1]),
+    lambda y, x, values, columns, starts: torch.ops.sparsity.blocks_input(y, values, columns, starts, x.shape[-1]),
+    lambda y, x, values, columns, starts: torch.ops.sparsity.blocks_values(y, x, columns, starts, values.shape[-1]),
 )
 
 

@@ -100,8 +100,8 @@ def _linear_values(y: Tensor, x: Tensor, columns: Tensor, starts: Tensor) -> Ten
 product.differentiate(
     "linear",
     lambda y, x, values, columns, starts: torch.ops.sparsity.linear(x, values, columns, starts, None),
-    lambda x, y, values, columns, starts: torch.ops.sparsity.linear_input(y, values, columns, starts, x.shape[-1]),
-    lambda values, y, x, columns, starts: torch.ops.sparsity.linear_values(y, x, columns, starts),
+    lambda y, x, values, columns, starts: torch.ops.sparsity.linear_input(y, values, columns, starts, x.shape[-1]),
+    lambda y, x, values, columns, starts: torch.ops.sparsity.linear_values(y, x, columns, starts),
 )
 
 

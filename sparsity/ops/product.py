@@ -40,45 +40,34 @@ def define(name: str, fake: Function) -> Callable[[Function], Function]:
 def differentiate(name: str, to_y: Function, to_x: Function, to_values: Function) -> None:
     """Gives three operations, `name`, `name_input` and `name_values`, their gradients, of any order.
 
-    They are one trilinear form of y, x and the values, so the gradients of each are the other two. Each is called with
-    what its result is the gradient of, then the other two, in the order of y, x and the values, then the places.
+    They are one trilinear form of y, x and the values, so the gradients of each are the other two. All three functions
+    are called with y, x, the values and the places; of what theirs is the gradient of they need the shape only.
     """
 
     def of_output(context: Any, y: Tensor) -> Gradients:
         x, values, *places = context.saved_tensors
-        wanted = context.needs_input_grad
-        return _filled(
-            context,
-            to_x(x, y, values, *places) if wanted[0] else None,
-            to_values(values, y, x, *places) if wanted[1] else None,
-            None, None, flattened(y).sum(0) if context.biased and wanted[4] else None,
-        )  # fmt: skip
+        bias = flattened(y).sum(0) if context.biased and context.needs_input_grad[4] else None
+        return _gradients(context, (to_x, to_values), (y, x, values, *places), None, None, bias)
 
     def of_input(context: Any, x: Tensor) -> Gradients:
         y, values, *places = context.saved_tensors
-        wanted = context.needs_input_grad
-        return _filled(
-            context,
-            to_y(y, x, values, *places) if wanted[0] else None,
-            to_values(values, y, x, *places) if wanted[1] else None,
-        )
+        return _gradients(context, (to_y, to_values), (y, x, values, *places))
 
     def of_values(context: Any, values: Tensor) -> Gradients:
         y, x, *places = context.saved_tensors
-        wanted = context.needs_input_grad
-        return _filled(
-            context,
-            to_y(y, x, values, *places) if wanted[0] else None,
-            to_x(x, y, values, *places) if wanted[1] else None,
-        )
+        return _gradients(context, (to_y, to_x), (y, x, values, *places))
 
     for suffix, gradients in (("", of_output), ("_input", of_input), ("_values", of_values)):
         torch.library.register_autograd(f"sparsity::{name}{suffix}", gradients, setup_context=_save)
 
 
-def _filled(context: Any, *gradients: Tensor | None) -> Gradients:
-    """These, and None for what else was given."""
-    return (*gradients, *[None] * (len(context.needs_input_grad) - len(gradients)))
+def _gradients(
+    context: Any, functions: tuple[Function, Function], form: tuple[Tensor, ...], *others: Tensor | None
+) -> Gradients:
+    """Those of an operation's first two arguments, where they are wanted, then these others, and None for the rest."""
+    wanted = context.needs_input_grad
+    found = [function(*form) if asked else None for function, asked in zip(functions, wanted[:2], strict=True)]
+    return (*found, *others, *[None] * (len(wanted) - 2 - len(others)))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
