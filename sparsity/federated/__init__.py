@@ -6,12 +6,13 @@ outcome = simulate(model, data, FedSGC(sparsity=0.8), Federation(clients=100, pe
 from sparsity.federated.client import Local
 from sparsity.federated.coordinator import Protocol
 from sparsity.federated.federation import Federation
-from sparsity.federated.partition import IID, ById, Dirichlet, Pathological, QuantitySkew
+from sparsity.federated.partition import IID, ById, Dirichlet, OwnData, Pathological, QuantitySkew
 from sparsity.federated.server import SCAFFOLD, FedAdam, FedAvg, FedAvgM, FedLAW, FedMedian, FedTrimmedMean
 from sparsity.federated.simulation import Outcome, Running, simulate
 from sparsity.federated.tolerance import Tolerance
 
 __all__ = [
     "IID", "SCAFFOLD", "ById", "Dirichlet", "FedAdam", "FedAvg", "FedAvgM", "FedLAW", "FedMedian", "FedTrimmedMean",
-    "Federation", "Local", "Outcome", "Pathological", "Protocol", "QuantitySkew", "Running", "Tolerance", "simulate",
+    "Federation", "Local", "Outcome", "OwnData", "Pathological", "Protocol", "QuantitySkew", "Running", "Tolerance",
+    "simulate",
 ]  # fmt: skip

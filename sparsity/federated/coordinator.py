@@ -69,6 +69,7 @@ class Coordinator:
         self.state = State(site.layout.read(), site.mask)
         self._sent: dict[int, tuple[Messages, Task]] = {}
         _check_congruity(site.sparsifier, protocol.local)
+        _check_apart(federation, protocol.server)
         if protocol.server.controls:
             _check_plain(site)
             self.state.controls = {-1: torch.zeros(site.layout.size, dtype=torch.float64)}
@@ -296,6 +297,15 @@ def _check_congruity(sparsifier: Sparsifier | None, local: Local) -> None:
         raise InputError(
             f"congruity compares the federation's direction with where a client has gone when masks move, after "
             f"adjust_after={local.adjust_after} of epochs={local.epochs}: let it train an epoch before, and one after"
+        )
+
+
+def _check_apart(federation: Federation, server: FedAvg) -> None:
+    """Raises `InputError` where the server would need samples that its clients keep to themselves."""
+    if federation.partition.apart and (federation.held_out or server.share):
+        raise InputError(
+            f"clients keep their data to themselves: held_out={federation.held_out:g} and a server's share of "
+            f"{server.share:g} have to be 0"
         )
 
 

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsity.errors import InputError
 from sparsity.federated.client import Task, client_update, within
 from sparsity.federated.coordinator import Coordinator, Protocol, Row, blank, check
 from sparsity.federated.federation import Federation
-from sparsity.federated.simulation import Outcome, Running, drive
+from sparsity.federated.simulation import Outcome, Running, check_here, drive
 from sparsity.federated.site import Site
 from sparsity.federated.source import Source
 from sparsity.sensitivity import Sensitivity
@@ -120,6 +121,7 @@ def simulate(
     from flwr.simulation import run_simulation
 
     running = running or Running()
+    check_here(federation or Federation())
     plan = Plan(_Given(model, data, method), federation or Federation(), protocol or Protocol(), seed)
     ended: list[Outcome] = []
     processes = max(1, (os.cpu_count() or 1) // running.workers)
@@ -224,6 +226,14 @@ def _client(context: Context) -> int:
     return int(context.node_config["partition-id"])
 
 
+def _indices(server: Coordinator, client: int) -> Tensor:
+    """The samples of a client; raises `InputError` where this machine's own are not as many as the plan says."""
+    indices, here = server.trained[client], len(server.source)
+    if server.federation.partition.apart and here != len(indices):
+        raise InputError(f"client {client} has {here} training samples, the plan says {len(indices)}: correct the plan")
+    return indices
+
+
 def _written(messages: list[bytes], task: Task, seed: int) -> ConfigRecord:
     return ConfigRecord({"messages": messages, "round": task.number, "moves": task.moves, "seed": seed})
 
@@ -232,6 +242,7 @@ def _train(plan: Plan, sent: ConfigRecord, context: Context) -> ConfigRecord:
     """What a client answers; it keeps the mask that it was sent, and SCAFFOLD's control."""
     try:
         server, mine = plan.here(), context.state.get(SECTION, ConfigRecord())
+        indices = _indices(server, _client(context))
         layout, wire = server.site.layout, server.wire
         zeros = torch.zeros(layout.size, dtype=torch.float64)
         own = torch.frombuffer(bytearray(mine["control"]), dtype=torch.float32) if "control" in mine else zeros
@@ -245,7 +256,6 @@ def _train(plan: Plan, sent: ConfigRecord, context: Context) -> ConfigRecord:
         context.state[SECTION] = mine = ConfigRecord({**mine, "mask": task.mask.numpy().tobytes()})
         server.site.reach(task.number)
         local, tolerance = plan.protocol.local, plan.protocol.tolerance
-        indices = server.trained[_client(context)]
         update = client_update(server.site, task, server.source, indices, sent["seed"], local, tolerance.timeout)
         if controls is not None:
             mine["control"] = (own + update.more["controls"].float()).float().numpy().tobytes()

@@ -21,6 +21,7 @@ class Partition:
     """Divides samples among clients, the same for the same seed. Partitions override `draw`."""
 
     needs_labels = False  # whether labels matter
+    apart = False  # whether clients hold data that no other machine has
 
     def __call__(self, labels: Tensor, clients: int, seed: int = 0) -> Parts:
         """The indices of each client's samples in ascending order, int64: each sample is at exactly one client.
@@ -163,6 +164,28 @@ class ById(Partition):
         places: Mapping[Any, int] = {name: place for place, name in enumerate(names)}
         owners = np.array([places[each] for each in self.ids])
         return [np.flatnonzero(owners == place) for place in range(clients)]
+
+
+class OwnData(Partition):
+    """Each client has data of its own, on its own machine, and nothing is divided: for Flower's nodes.
+
+    A client's indices are those of its own training set, 0 to `samples` - 1.
+
+    Args:
+        samples: how many training samples each client has. The server weighs their updates by these, whatever they say.
+    """
+
+    apart = True
+
+    def __init__(self, samples: list[int]) -> None:
+        if not samples or min(samples) < 1:
+            raise InputError(f"each client has at least one sample, got {samples=}")
+        self.samples = samples
+
+    def __call__(self, labels: Tensor, clients: int, seed: int = 0) -> Parts:
+        if len(self.samples) != clients:
+            raise InputError(f"samples={self.samples} are those of {len(self.samples)} clients, there are {clients=}")
+        return [torch.arange(count) for count in self.samples]
 
 
 def labels_of(dataset: Any) -> Tensor:

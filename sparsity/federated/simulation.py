@@ -90,6 +90,7 @@ def simulate(
     sparsifier: Sparsifier | None = getattr(method, "sparsifier", method)
     if sparsifier is not None:
         check(sparsifier)
+    check_here(federation)
 
     # Before there are several processes: data are read once, and nothing is downloaded twice.
     source = Source(data, _device(model))
@@ -106,6 +107,15 @@ def simulate(
             return crew.run(running.workers, body)
     finally:
         source.close()
+
+
+def check_here(federation: Federation) -> None:
+    """Raises `InputError` where a simulation would need data that only its clients' machines have."""
+    if federation.partition.apart:
+        raise InputError(
+            f"{type(federation.partition).__name__}: clients have data of their own, each on its own machine, so that "
+            "none can simulate them; recipes/federated/FLOWER.md says how to run them over Flower"
+        )
 
 
 class Rounds(Protocol_):

@@ -13,7 +13,18 @@ import train
 from callbacks import FLASH, FedDST, FedSGC
 from sparsity import InputError
 from sparsity.congruent import Congruity
-from sparsity.federated import SCAFFOLD, Dirichlet, FedAvg, Federation, Local, Protocol, Running, Tolerance, simulate
+from sparsity.federated import (
+    SCAFFOLD,
+    Dirichlet,
+    FedAvg,
+    Federation,
+    Local,
+    OwnData,
+    Protocol,
+    Running,
+    Tolerance,
+    simulate,
+)
 from tests.federated.small import Points, Unlucky, drops, model
 
 pytest.importorskip("flwr", reason="Flower is an extra: pip install .[federated]")
@@ -58,6 +69,15 @@ def test_both_engines_come_to_the_same(case: str) -> None:
 def test_what_flower_does_not_carry_is_said() -> None:
     with pytest.raises(InputError, match="FLASH's scouts train in the embedded engine only"):
         flower.simulate(model(momentum=0.9), Points(), FLASH(0.5), Federation(3, 2, 2), seed=1)
+
+
+def test_a_node_whose_data_are_not_the_plan_s_is_told() -> None:
+    plan = flower.Plan(lambda: (model(), Points(), None), Federation(2, 2, 2, OwnData([240, 200])), Protocol(), 1)
+    server = plan.here()
+    assert len(flower._indices(server, 0)) == 240
+    with pytest.raises(InputError, match="client 1 has 240 training samples, the plan says 200"):
+        flower._indices(server, 1)
+    server.site.close()
 
 
 def test_a_recipe_becomes_apps(monkeypatch: pytest.MonkeyPatch) -> None:
