@@ -11,7 +11,8 @@ of these, every fifth round. The test set is read once, after the last round. Re
 is repeated runs what is missing.
 
 Rows called `rescaled` begin with larger weights (`sparsity.rescaled`); those called `even` give all layers nearly the
-same density (`ScaledERK`, FedDST's) where the others have ERK.
+same density (`ScaledERK`, FedDST's) where the others have ERK. Rows called `scaled` do both, and have learning rates by
+density (`sparsity.scaled_rates`), so that a sparse layer learns as fast as a dense one.
 
 With few classes a client, accuracy goes up and down from round to round: `late` is the mean over the measurements of
 the last quarter of the rounds. `FedAvg then` is that of FedAvg over the quarter of its rounds before it had sent as
@@ -35,14 +36,13 @@ from torch import nn
 
 from benchmarks import readme
 from callbacks import FedDST, FedSGC, PruneFL, StaticMask
-from sparsity import data, models
+from sparsity import data, memory, models, rescaled, scaled_rates
 from sparsity.congruent import Congruity, GradientCongruity
 from sparsity.data.images import Images
 from sparsity.distributions import ScaledERK
 from sparsity.federated import Dirichlet, FedAvg, Federation, Local, Pathological, Protocol, Running, simulate
 from sparsity.federated.partition import Partition
 from sparsity.federated.report import figure
-from sparsity.rescale import rescaled
 from sparsity.schedules import CosineDrop
 
 RESULTS = Path(__file__).parent / "results"
@@ -91,30 +91,33 @@ METHODS: dict[str, tuple[Method, Protocol]] = {
 }  # fmt: skip
 DENSE = ("FedAvg", "FedProx")
 METHODS |= {f"{name}, rescaled": METHODS[name] for name in ("static", "PruneFL", "FedDST", "FedSGC, 0.4")}
-METHODS |= {
-    "static, rescaled, even": (lambda sparsity: StaticMask(sparsity, ScaledERK()), Protocol(Local(2))),
-    "FedDST, rescaled, even": (lambda sparsity: FedDST(sparsity, moves(), ScaledERK()), Protocol(Local(2))),
-    "FedSGC, 0.4, rescaled, even": (
-        lambda sparsity: FedSGC(sparsity, Congruity(0.4), moves(), ScaledERK()), Protocol(Local(2))
+EVEN: dict[str, tuple[Method, Protocol]] = {
+    "static": (lambda sparsity: StaticMask(sparsity, ScaledERK()), Protocol(Local(2))),
+    "PruneFL": (
+        lambda sparsity: PruneFL(sparsity, CosineDrop(0.3, 5 * EVERY, 1.0), ScaledERK()), Protocol(Local(2))
     ),
+    "FedDST": (lambda sparsity: FedDST(sparsity, moves(), ScaledERK()), Protocol(Local(2))),
+    "FedSGC, 0.4": (lambda sparsity: FedSGC(sparsity, Congruity(0.4), moves(), ScaledERK()), Protocol(Local(2))),
 }  # fmt: skip
+METHODS |= {f"{name}, rescaled, even": EVEN[name] for name in ("static", "FedDST", "FedSGC, 0.4")}
+METHODS |= {f"{name}, scaled": EVEN[name] for name in EVEN}
 
 
 DRAWN = (  # as many lines as can be told apart
-    "FedAvg", "static", "FedDST", "FedSGC, 0.4", "static, rescaled, even", "FedDST, rescaled, even",
-    "FedSGC, 0.4, rescaled, even",
+    "FedAvg", "static", "FedDST", "FedSGC, 0.4", "static, scaled", "FedDST, scaled", "FedSGC, 0.4, scaled"
 )  # fmt: skip
 
 
 class Trained(models.Classifier):
-    """SGD with momentum, as in FedDST's code."""
+    """SGD with momentum, as in FedDST's code; rates by density where a sparsity is given."""
 
-    def __init__(self, net: nn.Module, rate: float) -> None:
+    def __init__(self, net: nn.Module, rate: float, sparsity: float = 0.0) -> None:
         super().__init__(net)
-        self.rate = rate
+        self.rate, self.sparsity = rate, sparsity
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), self.rate, momentum=0.9, weight_decay=1e-3)
+        optimizer = torch.optim.SGD(self.parameters(), self.rate, momentum=0.9, weight_decay=1e-3)
+        return scaled_rates(optimizer, self.net, self.sparsity, ScaledERK()) if self.sparsity else optimizer
 
 
 Case = tuple[str, str, float, int]  # partition, method, sparsity, seed
@@ -125,14 +128,16 @@ def run(name: str, case: Case, folder: str | None) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    memory.keep_freed()
     setting, (split, method, sparsity, seed) = SETTINGS[name], case
     pl.seed_everything(seed, verbose=False)
     make, protocol = METHODS[method]
     net = setting.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a layout
-    if "rescaled" in method:
-        rescaled(net, sparsity, ScaledERK() if "even" in method else None)
+    scaled = method.endswith(", scaled")
+    if "scaled" in method:
+        rescaled(net, sparsity, ScaledERK() if "even" in method or scaled else None)
     outcome = simulate(
-        Trained(net, setting.rate), setting.images(folder),
+        Trained(net, setting.rate, sparsity if scaled else 0.0), setting.images(folder),
         make(sparsity), Federation(100, 10, setting.rounds, PARTITIONS[split]()), protocol,
         Running(evaluate_every=EVERY), seed=seed,
     )  # fmt: skip

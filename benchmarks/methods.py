@@ -20,6 +20,7 @@ import statistics
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ from callbacks import (
     Sparsify,
     StaticMask,
 )  # fmt: skip
-from sparsity import data, models, rescaled
+from sparsity import data, models, rescaled, scaled_rates
 from sparsity.congruent import Congruity
 from sparsity.federated import Federation, Local, Pathological, Protocol, simulate
 from sparsity.initial import SNIP, GraSP, SynFlow
@@ -111,23 +112,29 @@ CLIENTS: dict[str, Make] = {
     "FLASH": lambda: FLASH(FEDERATED),
     "StaticMask, federated": lambda: StaticMask(FEDERATED),
 }
-# The same from larger initial weights (`sparsity.rescaled`).
-LARGER = {f"{name}, rescaled": SCRATCH[name] for name in ("RigL", "SET", "StaticMask")}
-LARGER_CLIENTS = {f"{name}, rescaled": CLIENTS[name] for name in ("FedSGC", "FedDST", "StaticMask, federated")}
+FIXED, FIXED_CLIENTS = ("RigL", "SET", "StaticMask"), ("FedSGC", "FedDST", "StaticMask, federated")
 GROUPS = {
-    "scratch": SCRATCH, "rescaled": LARGER, "trained": TRAINED, "at once": AT_ONCE, "federated": CLIENTS,
-    "federated, rescaled": LARGER_CLIENTS,
+    "scratch": SCRATCH,
+    "rescaled": {f"{name}, rescaled": SCRATCH[name] for name in FIXED},
+    "scaled": {f"{name}, scaled": SCRATCH[name] for name in FIXED},
+    "trained": TRAINED, "at once": AT_ONCE, "federated": CLIENTS,
+    "federated, rescaled": {f"{name}, rescaled": CLIENTS[name] for name in FIXED_CLIENTS},
+    "federated, scaled": {f"{name}, scaled": CLIENTS[name] for name in FIXED_CLIENTS},
 }  # fmt: skip
 
 
 class Digit(models.Classifier):
-    """SGD with Nesterov momentum, and a cosine where there is a trainer."""
+    """SGD with Nesterov momentum, and a cosine where there is a trainer. First weights, and rates if told so, are
+    scaled for so many zeros."""
 
-    def __init__(self, sparsity: float = 0.0) -> None:
+    def __init__(self, sparsity: float = 0.0, rates: bool = False) -> None:
         super().__init__(rescaled(models.LeNet300100(inputs=64), sparsity))
+        self.sparsity, self.rates = sparsity, rates
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        if self.rates:
+            scaled_rates(optimizer, self.net, self.sparsity)
         if self._trainer is None:  # a client of a federation
             return optimizer
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
@@ -140,18 +147,18 @@ def run(seed: int, group: str) -> list[dict[str, Any]]:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     rows = []
-    dense = None
+    fresh, epochs = network(group), EPOCHS
     if group in ("trained", "at once"):
-        dense, _ = trained(None, seed, EPOCHS)
+        dense, _ = trained(None, seed, EPOCHS, fresh)
+        fresh, epochs = partial(copy.deepcopy, dense), MORE
     for name, make in GROUPS[group].items():
         method = make()
         if group.startswith("federated"):
-            accuracy = federated(method, seed, FEDERATED if "rescaled" in group else 0.0)
+            accuracy = federated(method, seed, fresh)
         elif group == "at once":
-            accuracy = pruned(method, seed, dense)
+            accuracy = pruned(method, seed, fresh)
         else:
-            larger = SPARSITY if group == "rescaled" else 0.0
-            _, accuracy = trained(method, seed, MORE if dense else EPOCHS, dense, larger)
+            _, accuracy = trained(method, seed, epochs, fresh)
         achieved = 1 - method.sparsifier.density() if method else 0.0
         rows.append(
             {"group": group, "method": name, "seed": seed, "sparsity": round(achieved, 4), "test_acc": accuracy}
@@ -159,34 +166,36 @@ def run(seed: int, group: str) -> list[dict[str, Any]]:
     return rows
 
 
-def trained(
-    method: Sparsify | None, seed: int, epochs: int, start: Digit | None = None, larger: float = 0.0
-) -> tuple[Digit, float]:
-    """A network, trained, and its accuracy on the test images; its first weights are scaled for so many zeros."""
+def network(group: str) -> Callable[[], Digit]:
+    """What a group trains from scratch."""
+    zeros = FEDERATED if group.startswith("federated") else SPARSITY
+    *_, how = group.split(", ")
+    return partial(Digit, zeros, how == "scaled") if how in ("rescaled", "scaled") else Digit
+
+
+def trained(method: Sparsify | None, seed: int, epochs: int, fresh: Callable[[], Digit]) -> tuple[Digit, float]:
+    """A network, trained, and its accuracy on the test images."""
     pl.seed_everything(seed, verbose=False)
-    module = copy.deepcopy(start) if start else Digit(larger)
+    module = fresh()
     runner = trainer(epochs, [method] if method else [])
     runner.fit(module, data.Digits())
     return module, tested(runner, module)
 
 
-def pruned(method: Sparsify | None, seed: int, dense: Digit | None) -> float:
+def pruned(method: Sparsify | None, seed: int, fresh: Callable[[], Digit]) -> float:
     """The accuracy of the dense network after pruning it, without any more training."""
     assert method is not None
     pl.seed_everything(seed, verbose=False)
-    module, digits = copy.deepcopy(dense), data.Digits()
-    assert module is not None
+    module, digits = fresh(), data.Digits()
     digits.setup("fit")
     method.prune(module, lambda: (digits.on_after_batch_transfer(batch, 0) for batch in digits.train_dataloader()))
     return tested(trainer(1, []), module)
 
 
-def federated(method: Sparsify | None, seed: int, larger: float) -> float:
+def federated(method: Sparsify | None, seed: int, fresh: Callable[[], Digit]) -> float:
     pl.seed_everything(seed, verbose=False)
     federation = Federation(clients=20, per_round=5, rounds=60, partition=Pathological(classes=2))
-    outcome = simulate(
-        Digit(larger), data.Digits(batch_size=16), method, federation, Protocol(Local(epochs=3)), seed=seed
-    )
+    outcome = simulate(fresh(), data.Digits(batch_size=16), method, federation, Protocol(Local(epochs=3)), seed=seed)
     return round(outcome.metrics["test/acc"], 6)
 
 
@@ -224,10 +233,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     how = {
         "scratch": f"{EPOCHS} epochs",
         "rescaled": f"{EPOCHS} epochs",
+        "scaled": f"{EPOCHS} epochs",
         "trained": f"dense, then {MORE}",
         "at once": "dense",
         "federated": "60 rounds",
         "federated, rescaled": "60 rounds",
+        "federated, scaled": "60 rounds",
     }
     for row in rows:
         spread = "" if row["test_acc_std"] is None else f" ± {100 * row['test_acc_std']:.1f}"

@@ -19,10 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, instantiate_class
 
-from sparsity import InputError, checkpoints, data, models
+from sparsity import InputError, checkpoints, data, memory, models, rescaled, scaled_rates
+from sparsity.distributions import Distribution
+from sparsity.dynamic import Dynamic
 from sparsity.federated import report as federated
+from sparsity.schedules import Constant
+from sparsity.scores import Random
+from sparsity.sensitivity import Sensitivity
 
 from . import DryRun, SaveOnInterrupt, Sparsify, SparsityReport
 from .commands import bench, diff, import_sparseml, recipes
@@ -57,6 +62,11 @@ class SparsityCLI(LightningCLI):
             help="resume from a checkpoint of another method or another sparsity, which is refused otherwise",
         )  # fmt: skip
         parser.add_argument(
+            "--scaled", type=bool, default=False,
+            help="of methods that are sparse from the first step on: begin with weights, and train at rates, that make "
+            "up for the density of each layer (sparsity.rescaled and sparsity.scaled_rates)",
+        )  # fmt: skip
+        parser.add_argument(
             "--dry-run", "--dry_run", action="store_true",
             help="of fit: check everything, print the targets and how many weights each keeps, and write nothing",
         )  # fmt: skip
@@ -74,6 +84,11 @@ class SparsityCLI(LightningCLI):
             self.begun = checkpoints.read(settings["ckpt_path"]).get("global_step", -1)
         if settings.get("config"):
             settings["report"]["recipe"] = settings["report"]["recipe"] or Path(str(settings["config"][0])).stem
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self.subcommand in ("fit", "federate") and self._get(self.config_init, "scaled"):
+            self._scale()
 
     def before_fit(self) -> None:
         """Loads the weights to start from."""
@@ -105,6 +120,38 @@ class SparsityCLI(LightningCLI):
             nothing |= {"enable_progress_bar": False, "enable_model_summary": False}
             return self._instantiate_trainer({**settings, **nothing, "callbacks": kept}, [*extra, DryRun()])
         return self._instantiate_trainer(settings, [*extra, SaveOnInterrupt()])
+
+    def _scale(self) -> None:
+        """Fits weights and rates to the densities of the method; its optimizer and its schedule are made once more."""
+        method, optimizer = (self._get(self.config_init, key) for key in ("sparsity", "optimizer"))
+        if method is None:
+            return  # dense, by --sparsity=null
+        if optimizer is None:
+            raise InputError(
+                f"scaled=true is of a recipe's optimizer, and there is none: {type(self.model).__name__} may call "
+                "sparsity.rescaled, and sparsity.scaled_rates in its configure_optimizers"
+            )
+        settings = method.sparsifier.sparsity, _first(method), method.sparsifier.targets
+        if not self._get(self.config_init, "weights"):
+            rescaled(self.model, *settings)
+        made = scaled_rates(instantiate_class(self.model.parameters(), optimizer), self.model, *settings)
+        schedule = self._get(self.config_init, "lr_scheduler")
+        found = self.configure_optimizers(self.model, made, instantiate_class(made, schedule) if schedule else None)
+        self.model.configure_optimizers = lambda: found
+
+
+def _first(method: Sparsify) -> Distribution:
+    """The distribution of the random masks that a method begins with."""
+    sparsifier = method.sparsifier
+    if type(sparsifier.schedule) is Constant:
+        if isinstance(sparsifier, Dynamic) and not isinstance(sparsifier, Sensitivity):
+            return sparsifier.first
+        if isinstance(sparsifier.score, Random):
+            return sparsifier.distribution
+    raise InputError(
+        "scaled=true is for methods whose masks are random at first and sparse from then on, such as RigL: "
+        f"{type(method).__name__} is none"
+    )
 
 
 class Recipe:
@@ -208,6 +255,7 @@ def main(args: ArgsType = None) -> None:
     # Lightning's own call, and its advice to add workers, which data in memory does not need.
     warnings.filterwarnings("ignore", r".*LeafSpec\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*does not have many workers")
+    memory.keep_freed()
     try:
         if command:
             command(words[1:])

@@ -48,10 +48,11 @@ ALLOWED = {
     "oneshot": {"calibration", "errors", "initial", "masks", "ops", "targets", "scores", "distributions", "patterns",
                 "permutation", "schedules", "shards", "sparsifier"},
     "constant": {"errors", "masks", "sparsifier", "targets"}, "report": {"files", "masks", "shards"},
-    "traces": {"shards"}, "drawing": set(), "page": {"drawing", "files", "history", "report", "traces"},
+    "memory": set(), "traces": {"shards"}, "drawing": set(),
+    "page": {"drawing", "files", "history", "report", "traces"},
     "difference": {"checkpoints", "errors", "masks", "report", "targets"},
     "models": {"errors", "models"}, "data": {"errors", "data"},
-    "rescale": {"distributions", "targets"}, "callbacks": set(), "__main__": set(),
+    "rescale": {"distributions", "errors", "targets"}, "callbacks": set(), "__main__": set(),
     "__init__": {"errors", "rescale", "schedules", "sparsifier", "targets", "version"},
 }  # fmt: skip
 
