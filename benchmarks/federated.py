@@ -10,9 +10,9 @@ has the same clients, rounds and order of batches for its seed. A tenth of the t
 of these, every fifth round. The test set is read once, after the last round. Results are kept as they come; a call that
 is repeated runs what is missing.
 
-Rows called `rescaled` begin with larger weights (`sparsity.rescaled`); those called `even` give all layers nearly the
-same density (`ScaledERK`, FedDST's) where the others have ERK. Rows called `scaled` do both, and have learning rates by
-density (`sparsity.scaled_rates`), so that a sparse layer learns as fast as a dense one.
+Rows with `scaled weights` begin with larger ones (`scaled("weights")`), those called `scaled` have learning rates by
+density, too (`scaled()`), so that a sparse layer learns as fast as a dense one. Those called `even` give all layers
+nearly the same density (`ScaledERK`, FedDST's) where the others have ERK.
 
 With few classes a client, accuracy goes up and down from round to round: `late` is the mean over the measurements of
 the last quarter of the rounds. `FedAvg then` is that of FedAvg over the quarter of its rounds before it had sent as
@@ -36,7 +36,7 @@ from torch import nn
 
 from benchmarks import readme
 from callbacks import FedDST, FedSGC, PruneFL, StaticMask
-from sparsity import data, memory, models, rescaled, scaled_rates
+from sparsity import data, memory, models
 from sparsity.congruent import Congruity, GradientCongruity
 from sparsity.data.images import Images
 from sparsity.distributions import ScaledERK
@@ -90,7 +90,6 @@ METHODS: dict[str, tuple[Method, Protocol]] = {
     ),
 }  # fmt: skip
 DENSE = ("FedAvg", "FedProx")
-METHODS |= {f"{name}, rescaled": METHODS[name] for name in ("static", "PruneFL", "FedDST", "FedSGC, 0.4")}
 EVEN: dict[str, tuple[Method, Protocol]] = {
     "static": (lambda sparsity: StaticMask(sparsity, ScaledERK()), Protocol(Local(2))),
     "PruneFL": (
@@ -99,25 +98,35 @@ EVEN: dict[str, tuple[Method, Protocol]] = {
     "FedDST": (lambda sparsity: FedDST(sparsity, moves(), ScaledERK()), Protocol(Local(2))),
     "FedSGC, 0.4": (lambda sparsity: FedSGC(sparsity, Congruity(0.4), moves(), ScaledERK()), Protocol(Local(2))),
 }  # fmt: skip
-METHODS |= {f"{name}, rescaled, even": EVEN[name] for name in ("static", "FedDST", "FedSGC, 0.4")}
-METHODS |= {f"{name}, scaled": EVEN[name] for name in EVEN}
+
+
+def scaled(method: tuple[Method, Protocol], what: str) -> tuple[Method, Protocol]:
+    make, protocol = method
+    return lambda sparsity: make(sparsity).scaled(what), protocol
+
+
+METHODS |= {
+    f"{n}, scaled weights": scaled(METHODS[n], "weights") for n in ("static", "PruneFL", "FedDST", "FedSGC, 0.4")
+}
+METHODS |= {f"{n}, scaled weights, even": scaled(EVEN[n], "weights") for n in ("static", "FedDST", "FedSGC, 0.4")}
+METHODS |= {f"{name}, scaled, even": scaled(method, "both") for name, method in EVEN.items()}
 
 
 DRAWN = (  # as many lines as can be told apart
-    "FedAvg", "static", "FedDST", "FedSGC, 0.4", "static, scaled", "FedDST, scaled", "FedSGC, 0.4, scaled"
+    "FedAvg", "static", "FedDST", "FedSGC, 0.4", "static, scaled, even", "FedDST, scaled, even",
+    "FedSGC, 0.4, scaled, even",
 )  # fmt: skip
 
 
 class Trained(models.Classifier):
-    """SGD with momentum, as in FedDST's code; rates by density where a sparsity is given."""
+    """SGD with momentum, as in FedDST's code."""
 
-    def __init__(self, net: nn.Module, rate: float, sparsity: float = 0.0) -> None:
+    def __init__(self, net: nn.Module, rate: float) -> None:
         super().__init__(net)
-        self.rate, self.sparsity = rate, sparsity
+        self.rate = rate
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), self.rate, momentum=0.9, weight_decay=1e-3)
-        return scaled_rates(optimizer, self.net, self.sparsity, ScaledERK()) if self.sparsity else optimizer
+        return torch.optim.SGD(self.parameters(), self.rate, momentum=0.9, weight_decay=1e-3)
 
 
 Case = tuple[str, str, float, int]  # partition, method, sparsity, seed
@@ -133,11 +142,8 @@ def run(name: str, case: Case, folder: str | None) -> dict[str, Any]:
     pl.seed_everything(seed, verbose=False)
     make, protocol = METHODS[method]
     net = setting.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a layout
-    scaled = method.endswith(", scaled")
-    if "scaled" in method:
-        rescaled(net, sparsity, ScaledERK() if "even" in method or scaled else None)
     outcome = simulate(
-        Trained(net, setting.rate, sparsity if scaled else 0.0), setting.images(folder),
+        Trained(net, setting.rate), setting.images(folder),
         make(sparsity), Federation(100, 10, setting.rounds, PARTITIONS[split]()), protocol,
         Running(evaluate_every=EVERY), seed=seed,
     )  # fmt: skip

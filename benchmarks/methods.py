@@ -20,9 +20,8 @@ import statistics
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -56,7 +55,7 @@ from callbacks import (
     Sparsify,
     StaticMask,
 )  # fmt: skip
-from sparsity import data, models, rescaled, scaled_rates
+from sparsity import data, models
 from sparsity.congruent import Congruity
 from sparsity.federated import Federation, Local, Pathological, Protocol, simulate
 from sparsity.initial import SNIP, GraSP, SynFlow
@@ -112,29 +111,31 @@ CLIENTS: dict[str, Make] = {
     "FLASH": lambda: FLASH(FEDERATED),
     "StaticMask, federated": lambda: StaticMask(FEDERATED),
 }
-FIXED, FIXED_CLIENTS = ("RigL", "SET", "StaticMask"), ("FedSGC", "FedDST", "StaticMask, federated")
+
+
+def larger(make: Make) -> Make:
+    """The same from larger first weights."""
+    return lambda: cast("Sparsify", make()).scaled("weights")
+
+
+LARGER = {f"{name}, scaled weights": larger(SCRATCH[name]) for name in ("RigL", "SET", "StaticMask")}
+LARGER_CLIENTS = {
+    f"{name}, scaled weights": larger(CLIENTS[name]) for name in ("FedSGC", "FedDST", "StaticMask, federated")
+}
 GROUPS = {
-    "scratch": SCRATCH,
-    "rescaled": {f"{name}, rescaled": SCRATCH[name] for name in FIXED},
-    "scaled": {f"{name}, scaled": SCRATCH[name] for name in FIXED},
-    "trained": TRAINED, "at once": AT_ONCE, "federated": CLIENTS,
-    "federated, rescaled": {f"{name}, rescaled": CLIENTS[name] for name in FIXED_CLIENTS},
-    "federated, scaled": {f"{name}, scaled": CLIENTS[name] for name in FIXED_CLIENTS},
+    "scratch": SCRATCH, "scaled": LARGER, "trained": TRAINED, "at once": AT_ONCE, "federated": CLIENTS,
+    "federated, scaled": LARGER_CLIENTS,
 }  # fmt: skip
 
 
 class Digit(models.Classifier):
-    """SGD with Nesterov momentum, and a cosine where there is a trainer. First weights, and rates if told so, are
-    scaled for so many zeros."""
+    """SGD with Nesterov momentum, and a cosine where there is a trainer."""
 
-    def __init__(self, sparsity: float = 0.0, rates: bool = False) -> None:
-        super().__init__(rescaled(models.LeNet300100(inputs=64), sparsity))
-        self.sparsity, self.rates = sparsity, rates
+    def __init__(self) -> None:
+        super().__init__(models.LeNet300100(inputs=64))
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)
-        if self.rates:
-            scaled_rates(optimizer, self.net, self.sparsity)
         if self._trainer is None:  # a client of a federation
             return optimizer
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
@@ -147,18 +148,17 @@ def run(seed: int, group: str) -> list[dict[str, Any]]:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     rows = []
-    fresh, epochs = network(group), EPOCHS
+    dense = None
     if group in ("trained", "at once"):
-        dense, _ = trained(None, seed, EPOCHS, fresh)
-        fresh, epochs = partial(copy.deepcopy, dense), MORE
+        dense, _ = trained(None, seed, EPOCHS)
     for name, make in GROUPS[group].items():
         method = make()
         if group.startswith("federated"):
-            accuracy = federated(method, seed, fresh)
+            accuracy = federated(method, seed)
         elif group == "at once":
-            accuracy = pruned(method, seed, fresh)
+            accuracy = pruned(method, seed, dense)
         else:
-            _, accuracy = trained(method, seed, epochs, fresh)
+            _, accuracy = trained(method, seed, MORE if dense else EPOCHS, dense)
         achieved = 1 - method.sparsifier.density() if method else 0.0
         rows.append(
             {"group": group, "method": name, "seed": seed, "sparsity": round(achieved, 4), "test_acc": accuracy}
@@ -166,36 +166,30 @@ def run(seed: int, group: str) -> list[dict[str, Any]]:
     return rows
 
 
-def network(group: str) -> Callable[[], Digit]:
-    """What a group trains from scratch."""
-    zeros = FEDERATED if group.startswith("federated") else SPARSITY
-    *_, how = group.split(", ")
-    return partial(Digit, zeros, how == "scaled") if how in ("rescaled", "scaled") else Digit
-
-
-def trained(method: Sparsify | None, seed: int, epochs: int, fresh: Callable[[], Digit]) -> tuple[Digit, float]:
+def trained(method: Sparsify | None, seed: int, epochs: int, start: Digit | None = None) -> tuple[Digit, float]:
     """A network, trained, and its accuracy on the test images."""
     pl.seed_everything(seed, verbose=False)
-    module = fresh()
+    module = copy.deepcopy(start) if start else Digit()
     runner = trainer(epochs, [method] if method else [])
     runner.fit(module, data.Digits())
     return module, tested(runner, module)
 
 
-def pruned(method: Sparsify | None, seed: int, fresh: Callable[[], Digit]) -> float:
+def pruned(method: Sparsify | None, seed: int, dense: Digit | None) -> float:
     """The accuracy of the dense network after pruning it, without any more training."""
     assert method is not None
     pl.seed_everything(seed, verbose=False)
-    module, digits = fresh(), data.Digits()
+    module, digits = copy.deepcopy(dense), data.Digits()
+    assert module is not None
     digits.setup("fit")
     method.prune(module, lambda: (digits.on_after_batch_transfer(batch, 0) for batch in digits.train_dataloader()))
     return tested(trainer(1, []), module)
 
 
-def federated(method: Sparsify | None, seed: int, fresh: Callable[[], Digit]) -> float:
+def federated(method: Sparsify | None, seed: int) -> float:
     pl.seed_everything(seed, verbose=False)
     federation = Federation(clients=20, per_round=5, rounds=60, partition=Pathological(classes=2))
-    outcome = simulate(fresh(), data.Digits(batch_size=16), method, federation, Protocol(Local(epochs=3)), seed=seed)
+    outcome = simulate(Digit(), data.Digits(batch_size=16), method, federation, Protocol(Local(epochs=3)), seed=seed)
     return round(outcome.metrics["test/acc"], 6)
 
 
@@ -232,12 +226,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| method | training | zeros | test accuracy, % |", "|---|---|---|---|"]
     how = {
         "scratch": f"{EPOCHS} epochs",
-        "rescaled": f"{EPOCHS} epochs",
         "scaled": f"{EPOCHS} epochs",
         "trained": f"dense, then {MORE}",
         "at once": "dense",
         "federated": "60 rounds",
-        "federated, rescaled": "60 rounds",
         "federated, scaled": "60 rounds",
     }
     for row in rows:

@@ -16,18 +16,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, instantiate_class
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from sparsity import InputError, checkpoints, data, memory, models, rescaled, scaled_rates
-from sparsity.distributions import Distribution
-from sparsity.dynamic import Dynamic
+from sparsity import InputError, checkpoints, data, memory, models
 from sparsity.federated import report as federated
-from sparsity.schedules import Constant
-from sparsity.scores import Random
-from sparsity.sensitivity import Sensitivity
 
 from . import DryRun, SaveOnInterrupt, Sparsify, SparsityReport
 from .commands import bench, diff, import_sparseml, recipes
@@ -62,9 +57,9 @@ class SparsityCLI(LightningCLI):
             help="resume from a checkpoint of another method or another sparsity, which is refused otherwise",
         )  # fmt: skip
         parser.add_argument(
-            "--scaled", type=bool, default=False,
-            help="of methods that are sparse from the first step on: begin with weights, and train at rates, that make "
-            "up for the density of each layer (sparsity.rescaled and sparsity.scaled_rates)",
+            "--scaled", type=Literal["both", "weights"] | None, default=None,
+            help="for methods whose masks are random at first: weights to begin with, and learning rates, that make up "
+            "for the density of each layer; see sparsity.scaling",
         )  # fmt: skip
         parser.add_argument(
             "--dry-run", "--dry_run", action="store_true",
@@ -85,11 +80,6 @@ class SparsityCLI(LightningCLI):
         if settings.get("config"):
             settings["report"]["recipe"] = settings["report"]["recipe"] or Path(str(settings["config"][0])).stem
 
-    def instantiate_classes(self) -> None:
-        super().instantiate_classes()
-        if self.subcommand in ("fit", "federate") and self._get(self.config_init, "scaled"):
-            self._scale()
-
     def before_fit(self) -> None:
         """Loads the weights to start from."""
         if weights := self._get(self.config_init, "weights"):
@@ -108,50 +98,20 @@ class SparsityCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         keys = self._parser(self.subcommand).callback_keys
         extra = [callback for key in keys if (callback := self._get(self.config_init, key)) is not None]
-        for method in extra:
-            if isinstance(method, Sparsify):
-                method.resumes_any = self._get(self.config_init, "resumes_any")
         settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        given = settings["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
+        for method in (each for each in (*extra, *given) if isinstance(each, Sparsify)):
+            method.resumes_any = method.resumes_any or self._get(self.config_init, "resumes_any")
+            if scaled := self._get(self.config_init, "scaled"):
+                method.scaled(scaled)
         if self._get(self.config_init, "dry_run"):
             self.save_config_callback = None
-            given = settings["callbacks"] or []
-            kept = [each for each in (given if isinstance(given, list) else [given]) if isinstance(each, Sparsify)]
+            kept = [each for each in given if isinstance(each, Sparsify)]
             nothing = {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
             nothing |= {"enable_progress_bar": False, "enable_model_summary": False}
             return self._instantiate_trainer({**settings, **nothing, "callbacks": kept}, [*extra, DryRun()])
         return self._instantiate_trainer(settings, [*extra, SaveOnInterrupt()])
-
-    def _scale(self) -> None:
-        """Fits weights and rates to the densities of the method; its optimizer and its schedule are made once more."""
-        method, optimizer = (self._get(self.config_init, key) for key in ("sparsity", "optimizer"))
-        if method is None:
-            return  # dense, by --sparsity=null
-        if optimizer is None:
-            raise InputError(
-                f"scaled=true is of a recipe's optimizer, and there is none: {type(self.model).__name__} may call "
-                "sparsity.rescaled, and sparsity.scaled_rates in its configure_optimizers"
-            )
-        settings = method.sparsifier.sparsity, _first(method), method.sparsifier.targets
-        if not self._get(self.config_init, "weights"):
-            rescaled(self.model, *settings)
-        made = scaled_rates(instantiate_class(self.model.parameters(), optimizer), self.model, *settings)
-        schedule = self._get(self.config_init, "lr_scheduler")
-        found = self.configure_optimizers(self.model, made, instantiate_class(made, schedule) if schedule else None)
-        self.model.configure_optimizers = lambda: found
-
-
-def _first(method: Sparsify) -> Distribution:
-    """The distribution of the random masks that a method begins with."""
-    sparsifier = method.sparsifier
-    if type(sparsifier.schedule) is Constant:
-        if isinstance(sparsifier, Dynamic) and not isinstance(sparsifier, Sensitivity):
-            return sparsifier.first
-        if isinstance(sparsifier.score, Random):
-            return sparsifier.distribution
-    raise InputError(
-        "scaled=true is for methods whose masks are random at first and sparse from then on, such as RigL: "
-        f"{type(method).__name__} is none"
-    )
 
 
 class Recipe:

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -45,6 +45,17 @@ class Sparsify(Callback):
         self._seen: list[int] = []
         self._achieved = self._target = 0.0
 
+    def scaled(self, what: str = "both") -> Self:
+        """The same method with first weights, and learning rates, that make up for the density of each layer.
+
+            Trainer(callbacks=[StaticMask(0.9).scaled()])
+
+        `what`: "both", or "weights" alone. Why, and when not: `sparsity.scaling.Scaling`. Raises `InputError` for
+        methods whose masks are not random at first.
+        """
+        self.sparsifier.scaled(what)
+        return self
+
     @property
     def state_key(self) -> str:
         """One key for all methods, so that a run can be resumed with another one where that is meant."""
@@ -75,12 +86,15 @@ class Sparsify(Callback):
         """Raises `InputError` for the checkpoint of another method or another sparsity, unless they are asked for."""
         mine, asked = type(self).__name__, self.sparsifier.sparsity
         method, sparsity = saved.get("method", mine), saved["sparsifier"].get("sparsity", asked)
-        if self.resumes_any or (method == mine and (asked == sparsity or isinstance(self.sparsifier, Kept))):
+        scaling = self.sparsifier.scaling
+        was, scaled = saved["sparsifier"].get("scaled"), scaling.what if scaling else None
+        same = method == mine and was == scaled and (asked == sparsity or isinstance(self.sparsifier, Kept))
+        if self.resumes_any or same:
             return
         raise InputError(
-            f"the checkpoint to resume from was trained by {method} at sparsity {sparsity:g}, this run is {mine} at "
-            f"{asked:g}: resume with what it was trained with or, if the change is meant, set the callback's "
-            "`resumes_any = True` (--resumes_any=true on the command line)"
+            f"the checkpoint to resume from was trained by {_said(method, sparsity, was)}, this run is "
+            f"{_said(mine, asked, scaled)}: resume with what it was trained with or, if the change is meant, set the "
+            "callback's `resumes_any = True` (--resumes_any=true on the command line)"
         )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -247,6 +261,10 @@ class _Settle(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.sparsifier.settle()
+
+
+def _said(method: str, sparsity: float, scaled: str | None) -> str:
+    return f"{method} at sparsity {sparsity:g}" + (f", scaled {scaled}" if scaled else "")
 
 
 def method_of(trainer: Trainer) -> Sparsify | None:

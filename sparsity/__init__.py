@@ -4,10 +4,9 @@
 """
 
 from sparsity.errors import InputError
-from sparsity.rescale import rescaled, scaled_rates
 from sparsity.schedules import Horizon
 from sparsity.sparsifier import Sparsifier
 from sparsity.targets import Targets
 from sparsity.version import __version__
 
-__all__ = ["Horizon", "InputError", "Sparsifier", "Targets", "__version__", "rescaled", "scaled_rates"]
+__all__ = ["Horizon", "InputError", "Sparsifier", "Targets", "__version__"]

@@ -14,7 +14,7 @@ from sparsity.history import History
 from sparsity.masks import Masks
 from sparsity.ops import largest
 from sparsity.redistribution import InPlace
-from sparsity.schedules import ConstantDrop, CosineDrop, Horizon, Plan, Schedule
+from sparsity.schedules import Constant, ConstantDrop, CosineDrop, Horizon, Plan, Schedule
 from sparsity.scores import Magnitude, Random, Score, Scores
 from sparsity.sparsifier import Sparsifier
 from sparsity.targets import Targets
@@ -82,6 +82,10 @@ class Dynamic(Sparsifier):
         if model is self._model:
             self.renewed, self.history = 0, History()
         super().attach(model, *optimizers, horizon=horizon, seed=seed)
+
+    @property
+    def begins_at_random(self) -> bool:
+        return type(self.schedule) is Constant or getattr(self.schedule, "initial", 0.0) > 0
 
     def explored(self) -> float:
         """The fraction of target weights that have been kept at any time, R_s."""

@@ -26,6 +26,8 @@ class Sensitivity(Dynamic):
         targets: which parameters; all Linear and convolution weights if not given.
     """
 
+    begins_at_random = False  # with layers of other densities than it goes on with
+
     def __init__(
         self,
         sparsity: float,

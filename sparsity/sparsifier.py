@@ -1,7 +1,7 @@
 """The Sparsifier: it owns the masks of one model. Three verbs: attach, update, apply."""
 
 from bisect import bisect_right
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from sparsity.errors import InputError
 from sparsity.history import History
 from sparsity.masks import Masks
 from sparsity.ops import all_finite
+from sparsity.scaling import Scaling
 from sparsity.schedules import Constant, Horizon, Plan, Schedule
-from sparsity.scores import Magnitude, Score, Scores
+from sparsity.scores import Magnitude, Random, Score, Scores
 from sparsity.targets import Targets, is_transposed
 from sparsity.upkeep import Upkeep
 
@@ -71,6 +72,26 @@ class Sparsifier:
         self.model: nn.Module | None = None  # the one whose targets `weights` are
         self._model: nn.Module | None = None  # the one whose masks these are
         self._loaded = False
+        self.scaling: Scaling | None = None
+
+    @property
+    def begins_at_random(self) -> bool:
+        """Whether masks are random at first, and sparse from then on."""
+        return isinstance(self.score, Random) and type(self.schedule) is Constant
+
+    def scaled(self, what: str = "both") -> Self:
+        """The same method with first weights, and learning rates, that make up for the density of each layer.
+
+        `what`: "both", or "weights" alone. See `Scaling`. Raises `InputError` for methods whose masks are not random at
+        first.
+        """
+        if not self.begins_at_random:
+            raise InputError(
+                "weights and rates are scaled for methods whose masks are random at first, such as StaticMask, SET or "
+                f"RigL: {type(self).__name__} by {type(self.score).__name__} is none"
+            )
+        self.scaling = Scaling(what)
+        return self
 
     def attach(self, model: nn.Module, *optimizers: Optimizer, horizon: Horizon | None = None, seed: int = 0) -> None:
         """Finds the targets, plans the updates, and prunes what is due before the first step.
@@ -98,6 +119,7 @@ class Sparsifier:
         self._plan = self.plan(horizon or Horizon())
         self._steps = sorted(self._plan)
         loaded, self._loaded = self._loaded, False
+        fresh = not loaded and model is not self._model
         if loaded:
             self.masks = self._placed(self.masks)
         elif model is not self._model:
@@ -111,12 +133,18 @@ class Sparsifier:
             self.check_budget()
         if renews:
             self._renew_if_due(0)
+        if self.scaling and fresh:
+            self.scaling.begin(self.weights(), self.masks)
         self.enforce()
+        if self.scaling:
+            self.scaling.follow(optimizers, lambda: (self.weights(), self.masks))
         for optimizer in compact:
             optimizer.follow(lambda: (self.weights(), self.masks), by=self)
 
     def detach(self) -> None:
         """Forgets the model, its optimizers and the masks."""
+        if self.scaling:
+            self.scaling.leave()
         self.model, self._model, self._owners, self._upkeep = None, None, {}, Upkeep()
         self.masks, self.renewed, self.history, self._loaded = {}, -1, History(), False
 
@@ -251,6 +279,7 @@ class Sparsifier:
         return {
             "masks": masks.to_state(self.masks), "renewed": self.renewed, "seed": self.seed,
             "sparsity": self.sparsity, "history": self.history.state_dict(),
+            **({"scaled": self.scaling.what} if self.scaling else {}),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

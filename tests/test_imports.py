@@ -22,7 +22,7 @@ ALLOWED = {
     "distributions": {"errors", "ops", "targets"}, "patterns": {"errors", "ops", "masks"},
     "history": {"masks"}, "redistribution": {"scores"},
     "sparsifier": {"compact", "errors", "history", "masks", "ops", "targets", "scores", "distributions", "patterns",
-                   "schedules", "shards", "upkeep"},
+                   "scaling", "schedules", "shards", "upkeep"},
     "dynamic": {"errors", "history", "masks", "ops", "targets", "scores", "distributions", "redistribution",
                 "schedules", "sparsifier"},
     "penalties": {"errors", "ops", "shards"}, "relaxation": {"errors", "patterns", "schedules"},
@@ -52,8 +52,8 @@ ALLOWED = {
     "page": {"drawing", "files", "history", "report", "traces"},
     "difference": {"checkpoints", "errors", "masks", "report", "targets"},
     "models": {"errors", "models"}, "data": {"errors", "data"},
-    "rescale": {"distributions", "errors", "targets"}, "callbacks": set(), "__main__": set(),
-    "__init__": {"errors", "rescale", "schedules", "sparsifier", "targets", "version"},
+    "scaling": {"compact", "errors", "masks"}, "callbacks": set(), "__main__": set(),
+    "__init__": {"errors", "schedules", "sparsifier", "targets", "version"},
 }  # fmt: skip
 
 

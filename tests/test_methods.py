@@ -111,6 +111,10 @@ METHODS: dict[str, Callable[[], Sparsify]] = {
     "FedSGC by gradient": lambda: FedSGC(0.9, GradientCongruity(1.0), CosineDrop(0.3, 2), Uniform()),
     "FLASH": lambda: FLASH(sparsity=0.6, drops=CosineDrop(0.5, 2, 1.0, 0.005)),
     "PruneFL": lambda: PruneFL(sparsity=0.8, drops=CosineDrop(0.3, 2)),
+    "StaticMask, scaled": lambda: StaticMask(sparsity=0.9).scaled(),
+    "SET, scaled weights": lambda: SET(sparsity=0.8, drops=CosineDrop(0.3, 2)).scaled("weights"),
+    "SparseMomentum, scaled": lambda: SparseMomentum(sparsity=0.8, drops=CosineDrop(0.5, 2, 1.0, 0.005)).scaled(),
+    "FedSGC, scaled": lambda: FedSGC(sparsity=0.7, congruity=Congruity(0.5), drops=CosineDrop(0.3, 2)).scaled(),
     "GraNet from dense": lambda: GraNet(sparsity=0.9, initial=0.0, end=0.7, drops=CosineDrop(0.5, 1, 1.0, 0.005)),
 }
 SITUATIONS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import federated, kernels, methods, readme
+from benchmarks import federated, kernels, methods, rates, readme
 from tests import pages
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +64,12 @@ def test_tables_are_those_of_the_results() -> None:
     timed = json.loads((results / "kernels_cpu.json").read_text())
     assert readme.between("speed")[1] == kernels.short(timed)
     assert readme.between("kernels", "benchmarks/README.md")[1] == kernels.text(timed).strip()
+    by_rate = rates.table(json.loads((results / "rates.json").read_text())["runs"])
+    assert readme.between("rates", "benchmarks/README.md")[1] == by_rate
+    page = (ROOT / "docs/explanation/dynamic.md").read_text().splitlines()
+    quoted = [line for line in page if line.startswith(("| dense", "| StaticMask", "| RigL"))]
+    assert len(quoted) == 7
+    assert set(quoted) <= set(by_rate.splitlines())
     for path in results.glob("federated_*.json"):
         rows, name = json.loads(path.read_text())["summary"], path.stem.replace("_", " ")
         assert readme.between(name, "benchmarks/README.md")[1] == federated.table(rows)

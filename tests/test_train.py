@@ -390,14 +390,23 @@ def test_a_run_that_is_over_says_that_nothing_was_trained(tmp_path: Path, capsys
     assert "nothing was trained: the checkpoint is of step" in capsys.readouterr().err
 
 
-def test_a_recipe_can_rescale_its_network(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    text = (ROOT / "recipes" / "digits_rigl.yaml").read_text()
-    plain = "    net:\n      class_path: LeNet300100\n      init_args:\n        inputs: 64"
-    net = "{class_path: LeNet300100, init_args: {inputs: 64}}"
-    assert plain in text
-    recipe.write_text(
-        text.replace(plain, f"    net: {{class_path: sparsity.rescaled, init_args: {{sparsity: 0.9, net: {net}}}}}")
-    )
-    call(tmp_path, "fit", "--config", str(recipe), "--trainer.max_epochs=1")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_a_recipe_can_be_scaled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ["fit", "--config", str(ROOT / "recipes" / "digits_rigl.yaml")]
+    call(tmp_path, *recipe, "--trainer.max_epochs=1", "--scaled=both")
     assert read(tmp_path)["sparsity"]["achieved"] == 0.9
+    assert torch.load(newest(tmp_path, "last.ckpt"), weights_only=True)["callbacks"]["Sparsify"]["sparsifier"]["scaled"]
+    call(tmp_path, *recipe, "--trainer.max_epochs=2", "--scaled=both", "--ckpt_path=last")
+    for wishes, message in (
+        (
+            ["--ckpt_path=last"],
+            "trained by RigL at sparsity 0.9, scaled both, this run is RigL at sparsity 0.9: resume",
+        ),
+        (["--sparsity=GMP", "--scaled=both"], "masks are random at first"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            call(tmp_path, *recipe, "--trainer.max_epochs=3", *wishes)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+    call(tmp_path, *recipe, "--trainer.max_epochs=1", "--scaled=both", "--sparsity=null")
+    assert read(tmp_path)["sparsity"]["achieved"] == 0

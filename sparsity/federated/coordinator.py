@@ -86,6 +86,7 @@ class Coordinator:
             "optimizer": {"class": type(self.site.optimizer).__name__, **_numbers(self.site.optimizer.defaults)},
             **{name: settings(getattr(protocol, name)) for name in ("local", "server", "tolerance")},
             "congruity": settings(getattr(sparsifier, "congruity", None)),
+            "scaled": sparsifier.scaling.what if sparsifier and sparsifier.scaling else None,
         })  # fmt: skip
 
     @property
@@ -278,7 +279,9 @@ def _numbers(of: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_plain(site: Site) -> None:
     """Raises `InputError` unless a client's path is the sum of its gradients times their rates."""
-    optimizer = site.optimizer
+    optimizer, scaling = site.optimizer, site.sparsifier and site.sparsifier.scaling
+    if scaling and scaling.what == "both":
+        raise InputError("SCAFFOLD takes one rate for all weights: scale the weights only, scaled('weights')")
     plain = not any(group.get("momentum") for group in optimizer.param_groups)
     if type(optimizer) is not torch.optim.SGD or not plain:
         raise InputError(

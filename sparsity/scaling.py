@@ -1,0 +1,124 @@
+"""Scaling: first weights and learning rates that make up for the density of each layer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.nn.parameter import Parameter
+from torch.optim import LBFGS, Optimizer
+
+from sparsity import masks
+from sparsity.compact import Compact
+from sparsity.errors import InputError
+from sparsity.masks import Masks
+
+WHAT = ("weights", "both")
+OF_A_PART = ("params", "param_names", "lr", "weight_decay")  # what the parts of a group differ in
+Weights = Mapping[str, Parameter]
+
+
+class Scaling:
+    """Lets a network that is sparse from its first step on begin, and learn, like the dense one.
+
+    Weights: random masks of density d leave a neuron d of the inputs that its initialisation counts on; what it gives
+    is √d times as large as it should be, and signals fade from layer to layer. So the first weights of a layer are
+    divided by √d, after Evci et al., "Gradient flow in sparse neural networks and how lottery tickets win" (AAAI 2022,
+    arXiv 2010.03533), who draw each neuron's weights by the inputs that it has; here a layer is scaled as a whole,
+    whatever its initialisation was.
+
+    Rates: what a step changes in a neuron's output is a sum over the weights that it has left. At the same rate, and
+    with these weights, a layer of density d learns d times as fast as a dense one. So its rate is divided by d, and
+    its weight decay multiplied by d (with SGD and AdamW weights then decay as before). After Dey, Bergsma & Hestness,
+    "Sparse maximal update parameterization" (NeurIPS 2024, arXiv 2405.15743); here relative to the user's own dense
+    network. It holds where masks do not know the gradients. Weights that were grown because theirs are large add up to
+    more than their share: with masks that move take a rate well below what the dense network bears.
+
+    The optimizer's groups are parted while it takes a step, by the densities that the masks then have, and are whole
+    again afterwards: schedules, logs and checkpoints see the rates that were asked for.
+    """
+
+    def __init__(self, what: str = "both") -> None:
+        if what not in WHAT:
+            raise InputError(f"expected one of {', '.join(WHAT)} to scale, got {what!r}")
+        self.what = what
+        self._handles: list[Any] = []
+        self._whole: dict[int, list[tuple[dict[str, Any], list[dict[str, Any]]]]] = {}
+        self._seen: tuple[Masks, dict[str, float]] = {}, {}
+
+    @torch.no_grad()
+    def begin(self, weights: Weights, found: Masks) -> None:
+        """First weights of a network, for its first masks."""
+        for name, density in self._densities(found).items():
+            weights[name].div_(density**0.5)
+
+    def follow(self, optimizers: tuple[Optimizer, ...], present: Callable[[], tuple[Weights, Masks]]) -> None:
+        """From now on these optimizers take each step at the rates of the present masks.
+
+        Raises `InputError` for optimizers that have one rate for all weights.
+        """
+        self.leave()
+        if self.what != "both":
+            return
+        for optimizer in optimizers:
+            _check(optimizer)
+            self._handles.append(optimizer.register_step_pre_hook(lambda each, *_: self._part(each, *present())))
+            self._handles.append(optimizer.register_step_post_hook(lambda each, *_: self._join(each)))
+
+    def leave(self) -> None:
+        """Lets the optimizers be."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has other optimizers, or none.
+        return {**vars(self), "_handles": [], "_whole": {}}
+
+    def _part(self, optimizer: Optimizer, weights: Weights, found: Masks) -> None:
+        self._join(optimizer)  # where a step has failed
+        densities = {id(weights[name]): density for name, density in self._densities(found).items()}
+        whole = [(group, parted(group, densities)) for group in optimizer.param_groups]
+        self._whole[id(optimizer)] = whole
+        optimizer.param_groups[:] = [part for _, parts in whole for part in parts]
+
+    def _join(self, optimizer: Optimizer) -> None:
+        whole = self._whole.pop(id(optimizer), None)
+        if whole is None:
+            return
+        for group, parts in whole:
+            for part in parts:  # some optimizers count in their groups
+                group.update({name: value for name, value in part.items() if name not in OF_A_PART})
+        optimizer.param_groups[:] = [group for group, _ in whole]
+
+    def _densities(self, found: Masks) -> dict[str, float]:
+        """Those of layers that keep any weight; counted once for the same masks."""
+        if self._seen[0] is not found:
+            counts = masks.counts(found)
+            self._seen = found, {name: counts[name] / mask.numel() for name, mask in found.items() if counts[name]}
+        return self._seen[1]
+
+
+def parted(group: dict[str, Any], densities: Mapping[int, float]) -> list[dict[str, Any]]:
+    """A group of an optimizer in parts of one density each, which are given by the weights' ids, with their rates."""
+    places: dict[float, list[int]] = {}
+    for place, weight in enumerate(group["params"]):
+        places.setdefault(densities.get(id(weight), 1.0), []).append(place)
+    return [_part(group, each, density) for density, each in places.items()]
+
+
+def _part(group: dict[str, Any], places: list[int], density: float) -> dict[str, Any]:
+    found = {**group, "lr": group["lr"] / density}
+    if "weight_decay" in group:
+        found["weight_decay"] = group["weight_decay"] * density
+    for name in {"params", "param_names"} & set(group):
+        found[name] = [group[name][place] for place in places]
+    return found
+
+
+def _check(optimizer: Optimizer) -> None:
+    one_rate = isinstance(optimizer, Compact | LBFGS) or hasattr(optimizer, "_sync_param_groups")  # ZeRO's
+    if one_rate or not all("lr" in group for group in optimizer.param_groups):
+        raise InputError(
+            f"{type(optimizer).__name__} takes no rates by layers: take another optimizer, or scale the weights only "
+            "(scaled('weights'), --scaled=weights)"
+        )

@@ -1,0 +1,293 @@
+"""`scaled` gives a sparse network the signals and the steps that the dense one has."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from callbacks import FLASH, GMP, LAMP, SET, ConstantMask, GraNet, OneShot, RigL, SparseMomentum, Sparsify, StaticMask
+from sparsity import Horizon, InputError, Sparsifier, Targets
+from sparsity.compact import Compact
+from sparsity.distributions import ERK, Global, Uniform
+from sparsity.scaling import Scaling
+from sparsity.schedules import ConstantDrop
+from sparsity.scores import Random
+
+Make = Callable[..., torch.optim.Optimizer]
+MAKES: dict[str, Make] = {
+    "SGD": lambda weights: torch.optim.SGD(weights, 1e-2), "Adam": lambda weights: torch.optim.Adam(weights, 1e-6)
+}  # fmt: skip
+
+
+def chain(width: int = 400, depth: int = 6) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(width, width, bias=False) for _ in range(depth)]
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=width**-0.5)
+    return nn.Sequential(*layers)
+
+
+def fixed(sparsity: float = 0.8, distribution: Any = None, **more: Any) -> Sparsifier:
+    return Sparsifier(sparsity, Random(), distribution or Uniform(), **more)
+
+
+def spread(net: nn.Module) -> float:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return float(net(torch.randn(200, 400)).std())
+
+
+def test_signals_stay_as_large_as_in_the_dense_network() -> None:
+    dense, plain, ours = chain(), chain(), chain()
+    fixed().attach(plain)
+    fixed().scaled("weights").attach(ours)
+    assert spread(dense) == pytest.approx(1.0, abs=0.1)
+    assert spread(plain) == pytest.approx(0.2**3, rel=0.15)  # six layers, each of √0.2
+    assert spread(ours) == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda: fixed(0.7, ERK()), lambda: fixed(0.7, Global()), lambda: fixed(0.5, pattern="2:4"),
+        lambda: fixed(0.5, ERK(), pattern="channel"), lambda: RigL(0.7).sparsifier, lambda: GraNet(0.9).sparsifier,
+    ],
+    ids=["ERK", "global", "2:4", "channel", "RigL", "GraNet"],
+)  # fmt: skip
+def test_each_layer_is_divided_by_the_root_of_what_its_mask_keeps(method: Callable[[], Sparsifier]) -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(200, 12))
+    before, optimizer = copy.deepcopy(net.state_dict()), torch.optim.SGD(net.parameters(), 0.1)
+    sparsifier = method().scaled()
+    sparsifier.attach(net, optimizer, horizon=Horizon(1000, 10))
+    assert set(sparsifier.masks) == {"0.weight", "2.weight"}
+    for name, value in net.state_dict().items():
+        mask = sparsifier.masks.get(name, torch.ones_like(value, dtype=torch.bool))
+        torch.testing.assert_close(value, before[name] * mask / mask.double().mean().sqrt())
+
+
+def test_weights_are_scaled_once() -> None:
+    net = chain(20, 2)
+    sparsifier = fixed().scaled()
+    sparsifier.attach(net)
+    before = copy.deepcopy(net.state_dict())
+    state = sparsifier.state_dict()
+    sparsifier.attach(net)  # trained further
+    sparsifier.detach()
+    sparsifier.load_state_dict(state)
+    sparsifier.attach(net)  # resumed
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+    fresh = chain(20, 2)
+    sparsifier.detach()
+    sparsifier.attach(fresh)  # another network
+    assert torch.equal(fresh.state_dict()["0.weight"], before["0.weight"])
+
+
+def step(make: Make, sparsity: float, what: str | None) -> float:
+    """How far one step moves the outputs of a chain, as a root of the mean square."""
+    net = chain()
+    optimizer, sparsifier = make(net.parameters()), fixed(sparsity)
+    if what:
+        sparsifier.scaled(what)
+    sparsifier.attach(net, optimizer)
+    torch.manual_seed(2)
+    inputs, wanted = torch.randn(100, 400), torch.randn(100, 400)
+    before = net(inputs)
+    (before - wanted).square().mean().backward()
+    sparsifier.update(0)
+    optimizer.step()
+    sparsifier.apply()
+    with torch.no_grad():
+        return float((net(inputs) - before).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_a_step_moves_outputs_as_far_as_in_the_dense_network(name: str) -> None:
+    dense = step(MAKES[name], 0.0, None)
+    assert step(MAKES[name], 0.8, "weights") == pytest.approx(0.2 * dense, rel=0.15)
+    assert step(MAKES[name], 0.8, "both") == pytest.approx(dense, rel=0.15)
+
+
+class Spy(torch.optim.SGD):
+    """Notes the groups that its steps see, and counts in them, as some optimizers do."""
+
+    seen: list[list[dict[str, Any]]]
+
+    def step(self, closure: Any = None) -> Any:
+        self.seen.append([dict(group) for group in self.param_groups])
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+        if len(self.seen) == self.fails_at:
+            raise RuntimeError("no step")
+        return super().step(closure)
+
+    fails_at = 0
+
+
+def stepped(optimizer: torch.optim.Optimizer, sparsifier: Sparsifier, net: nn.Module, number: int) -> None:
+    net(torch.randn(5, 40)).square().mean().backward()
+    sparsifier.update(number)
+    optimizer.step()
+    sparsifier.apply()
+    optimizer.zero_grad()
+
+
+def test_groups_are_parted_for_a_step_and_whole_again() -> None:
+    net = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.Linear(30, 10))
+    named = [(name, weight) for name, weight in net.named_parameters() if name != "2.bias"]
+    optimizer = Spy(named, 0.1, momentum=0.9, weight_decay=0.01)
+    optimizer.seen = []
+    optimizer.add_param_group({"params": [("2.bias", net[2].bias)], "lr": 0.5})
+    sparsifier = fixed().scaled()
+    sparsifier.attach(net, optimizer)
+    groups = optimizer.param_groups
+    before = [{**group, "params": list(group["params"])} for group in groups]
+    stepped(optimizer, sparsifier, net, 0)
+    assert optimizer.param_groups is groups
+    assert [{**group, "steps": 1} for group in before] == groups
+    found = {name: group for group in optimizer.seen[0] for name in group["param_names"]}
+    assert {n: (round(g["lr"], 9), round(g["weight_decay"], 9), g["momentum"]) for n, g in found.items()} == {
+        "0.weight": (0.5, 0.002, 0.9), "0.bias": (0.1, 0.01, 0.9), "1.weight": (0.1, 0.01, 0.9),
+        "1.bias": (0.1, 0.01, 0.9), "2.weight": (0.5, 0.002, 0.9), "2.bias": (0.5, 0.01, 0.9),
+    }  # fmt: skip
+    for name, weight in net.named_parameters():
+        assert found[name]["params"][found[name]["param_names"].index(name)] is weight
+
+
+def test_a_step_that_fails_leaves_the_next_one_right() -> None:
+    net = nn.Linear(40, 30)
+    optimizer = Spy(net.parameters(), 0.1)
+    optimizer.seen, optimizer.fails_at = [], 1
+    sparsifier = fixed().scaled()
+    sparsifier.attach(net, optimizer)
+    with pytest.raises(RuntimeError, match="no step"):
+        stepped(optimizer, sparsifier, net, 0)
+    stepped(optimizer, sparsifier, net, 1)
+    assert [sorted(group["lr"] for group in groups) for groups in optimizer.seen] == [[0.1, 0.5]] * 2
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1]
+
+
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]] = {
+    "OneCycleLR": lambda each: torch.optim.lr_scheduler.OneCycleLR(each, 0.1, 10),
+    "CyclicLR": lambda each: torch.optim.lr_scheduler.CyclicLR(each, 0.01, 0.1),
+    "CosineAnnealingLR": lambda each: torch.optim.lr_scheduler.CosineAnnealingLR(each, 10, eta_min=0.05),
+    "LambdaLR": lambda each: torch.optim.lr_scheduler.LambdaLR(each, [lambda step: 1 / (step + 1)]),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_rates_follow_any_schedule(name: str) -> None:
+    net = nn.Linear(40, 30)
+    optimizer = Spy(net.parameters(), 0.1, momentum=0.9)
+    optimizer.seen = []
+    sparsifier = fixed().scaled()
+    sparsifier.attach(net, optimizer)
+    schedule = SCHEDULES[name](optimizer)
+    asked = []
+    for number in range(6):
+        asked.append(optimizer.param_groups[0]["lr"])
+        stepped(optimizer, sparsifier, net, number)
+        schedule.step()
+    assert len(set(asked)) > 3
+    for rate, groups in zip(asked, optimizer.seen, strict=True):
+        assert sorted(group["lr"] for group in groups) == pytest.approx([rate, rate / 0.2])
+
+
+def test_rates_follow_masks_that_move_between_layers() -> None:
+    net = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 10))
+    optimizer = Spy(net.parameters(), 0.1, momentum=0.9)
+    optimizer.seen = []
+    sparsifier = SparseMomentum(0.8, ConstantDrop(0.5, 2, 1.0)).scaled().sparsifier
+    sparsifier.attach(net, optimizer, horizon=Horizon(10, 5))
+    for number in range(9):
+        stepped(optimizer, sparsifier, net, number)
+        densities = {name: float(mask.double().mean()) for name, mask in sparsifier.masks.items()}
+        rates = {id(weight): group["lr"] for group in optimizer.seen[-1] for weight in group["params"]}
+        for name, weight in net.named_parameters():
+            assert rates[id(weight)] == pytest.approx(0.1 / densities.get(name, 1.0))
+    first, last = ({round(group["lr"], 6) for group in groups} for groups in (optimizer.seen[0], optimizer.seen[-1]))
+    assert first != last
+
+
+def test_only_targets_are_scaled() -> None:
+    net = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10))
+    before = copy.deepcopy(net.state_dict())
+    sparsifier = fixed(0.5, targets=Targets(exclude=["1.weight"])).scaled("weights")
+    sparsifier.attach(net)
+    after = net.state_dict()
+    assert torch.equal(after["1.weight"], before["1.weight"])
+    torch.testing.assert_close(after["0.weight"], before["0.weight"] * 2**0.5 * sparsifier.masks["0.weight"])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LAMP(0.9), GMP(0.9), OneShot(0.9), ConstantMask(), FLASH(0.8), GraNet(0.9, initial=0.0)],
+    ids=lambda method: type(method).__name__,
+)
+def test_methods_that_do_not_begin_at_random_are_refused(method: Sparsify) -> None:
+    with pytest.raises(InputError, match="whose masks are random at first"):
+        method.scaled()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda weights: torch.optim.LBFGS(weights), lambda weights: Compact(torch.optim.SGD(weights, 0.1))],
+    ids=["LBFGS", "Compact"],
+)
+def test_optimizers_of_one_rate_are_refused(make: Make) -> None:
+    net = nn.Linear(40, 30)
+    with pytest.raises(InputError, match="takes no rates by layers"):
+        fixed().scaled().attach(net, make(net.parameters()))
+    fixed().scaled("weights").attach(net, make(net.parameters()))
+
+
+def test_what_to_scale_is_one_of_two() -> None:
+    with pytest.raises(InputError, match="one of weights, both to scale, got 'rates'"):
+        StaticMask(0.9).scaled("rates")
+
+
+def test_detached_and_copied_it_lets_optimizers_be() -> None:
+    net = nn.Linear(40, 30)
+    optimizer = Spy(net.parameters(), 0.1)
+    optimizer.seen = []
+    sparsifier = fixed().scaled()
+    sparsifier.attach(net, optimizer)
+    copied = copy.deepcopy(sparsifier)
+    assert isinstance(copied.scaling, Scaling)
+    assert copied.scaling.what == "both"
+    sparsifier.detach()
+    net(torch.randn(5, 40)).square().mean().backward()
+    optimizer.step()
+    assert [group["lr"] for group in optimizer.seen[0]] == [0.1]
+
+
+def test_set_and_static_masks_learn_at_the_dense_rate() -> None:
+    """A task on which plain sparse networks have learned little after as many steps."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 40)
+    y = (x @ torch.randn(40, 5)).argmax(1)
+
+    def loss(method: Sparsify | None) -> float:
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(40, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 5))
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        sparsifier = method.sparsifier if method else None
+        if sparsifier:
+            sparsifier.attach(net, optimizer, horizon=Horizon(100, 10))
+        for number in range(60):
+            error = nn.functional.cross_entropy(net(x), y)
+            error.backward()  # type: ignore[no-untyped-call]  # torch's
+            if sparsifier:
+                sparsifier.update(number)
+            optimizer.step()
+            if sparsifier:
+                sparsifier.apply()
+            optimizer.zero_grad()
+        return error.item()
+
+    dense = loss(None)
+    for make in (lambda: StaticMask(0.9), lambda: SET(0.9, ConstantDrop(0.3, 10, 1.0))):
+        assert loss(make()) - dense > 3 * abs(loss(make().scaled()) - dense)
