@@ -200,7 +200,7 @@ def test_another_sparsity_is_resumed_only_if_it_is_meant(tmp_path: Path, capsys:
     with pytest.raises(SystemExit):
         fit(tmp_path, *again)
     error = capsys.readouterr().err
-    assert "LAMP at sparsity 0.9, this run is LAMP at 0.95" in error
+    assert "LAMP at sparsity 0.9, this run is LAMP at sparsity 0.95" in error
     assert "--resumes_any=true" in error
     fit(tmp_path, *again, "--resumes_any=true")
     assert read(tmp_path)["sparsity"]["target"] == 0.95
