@@ -16,7 +16,7 @@ kept = memory.keep_freed() if "keep" in sys.argv else None
 torch.set_num_threads(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(50):
-    (torch.ones(5_000_000), torch.ones(5_000_000))
+    [torch.ones(5_000_000) for _ in range(4)]
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -32,10 +32,13 @@ def faults(*words: str, **more: str) -> tuple[str, int]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_pages_are_mapped_once() -> None:
-    pages = 10_000_000 * 4 // os.sysconf("SC_PAGE_SIZE")
+    told, plain = faults()
+    assert told == "None"
+    if plain < 400_000:
+        pytest.skip(f"this system maps larger pages: {plain} of them for 50 times 80 MB")
     kept, count = faults("keep")
     assert kept == "True"
-    assert count < 10 * pages  # of 50 times
+    assert count < plain / 4
 
 
 @pytest.mark.parametrize("setting", [{"MALLOC_ARENA_MAX": "2"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}])

@@ -178,9 +178,9 @@ class OwnData(Partition):
     apart = True
 
     def __init__(self, samples: list[int]) -> None:
-        if not samples or min(samples) < 1:
-            raise InputError(f"each client has at least one sample, got {samples=}")
-        self.samples = samples
+        if not isinstance(samples, list | tuple) or not all(type(each) is int and each > 0 for each in samples):
+            raise InputError(f"samples are a whole number for each client, at least one, got {samples!r}")
+        self.samples = list(samples)
 
     def __call__(self, labels: Tensor, clients: int, seed: int = 0) -> Parts:
         if len(self.samples) != clients:

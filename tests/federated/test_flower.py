@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -71,13 +72,24 @@ def test_what_flower_does_not_carry_is_said() -> None:
         flower.simulate(model(momentum=0.9), Points(), FLASH(0.5), Federation(3, 2, 2), seed=1)
 
 
-def test_a_node_whose_data_are_not_the_plan_s_is_told() -> None:
-    plan = flower.Plan(lambda: (model(), Points(), None), Federation(2, 2, 2, OwnData([240, 200])), Protocol(), 1)
-    server = plan.here()
-    assert len(flower._indices(server, 0)) == 240
-    with pytest.raises(InputError, match="client 1 has 240 training samples, the plan says 200"):
-        flower._indices(server, 1)
-    server.site.close()
+def test_a_node_whose_data_are_not_the_plan_s_says_so() -> None:
+    def answer(samples: list[int]) -> Any:
+        plan = flower.Plan(lambda: (model(), Points(), None), Federation(2, 2, 2, OwnData(samples)), Protocol(), 1)
+        server = plan.here()
+        try:
+            sent, task = server.outgoing(1)
+            context = SimpleNamespace(state={}, node_config={"partition-id": 1})
+            return flower._train(plan, flower._written(sent, task, server.seed_of(1)), cast("Any", context))
+        finally:
+            server.site.close()
+            flower._HERE.pop(plan.key)
+
+    told = answer([100, 200])
+    assert told["messages"] == []
+    assert "client 1 has 240 training samples, the plan says 200" in told["failure"]
+    fine = answer([100, 240])
+    assert fine["messages"]
+    assert fine["failure"] == ""
 
 
 def test_a_recipe_becomes_apps(monkeypatch: pytest.MonkeyPatch) -> None:

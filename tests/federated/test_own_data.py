@@ -78,7 +78,12 @@ def test_the_server_has_none_of_their_samples() -> None:
             Coordinator(site, source, federation, protocol, 0)
 
 
-@pytest.mark.parametrize(("samples", "message"), [([3, 0], "at least one sample"), ([3, 4], "those of 2 clients")])
-def test_counts_that_cannot_be(samples: list[int], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        OwnData(samples)(torch.zeros(7), 3)
+@pytest.mark.parametrize("samples", [[3, 0], [3.5, 4], [True, 4], 80, "80"])
+def test_counts_that_cannot_be(samples: Any) -> None:
+    with pytest.raises(InputError, match="a whole number for each client, at least one, got"):
+        OwnData(samples)
+
+
+def test_counts_of_other_clients() -> None:
+    with pytest.raises(InputError, match=r"samples=\[3, 4\] are those of 2 clients, there are clients=3"):
+        OwnData([3, 4])(torch.zeros(7), 3)
