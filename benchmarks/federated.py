@@ -141,7 +141,7 @@ def run(name: str, case: Case, folder: str | None) -> dict[str, Any]:
     setting, (split, method, sparsity, seed) = SETTINGS[name], case
     pl.seed_everything(seed, verbose=False)
     make, protocol = METHODS[method]
-    net = setting.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a layout
+    net = setting.network()
     outcome = simulate(
         Trained(net, setting.rate), setting.images(folder),
         make(sparsity), Federation(100, 10, setting.rounds, PARTITIONS[split]()), protocol,

@@ -1,5 +1,6 @@
 """The two small convolutional networks of FedDST and the methods after it, in the sizes that their code has."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -16,6 +17,7 @@ class FedMNISTNet(nn.Module):
             nn.Conv2d(1, 10, 5), nn.MaxPool2d(3, 1), nn.ReLU(), nn.Conv2d(10, 20, 5), nn.MaxPool2d(3, 1), nn.ReLU()
         )
         self.hidden, self.head = nn.Linear(20 * 16 * 16, 50), nn.Linear(50, classes)
+        _channels_last(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, 1, 28, 28]``."""
@@ -37,8 +39,14 @@ class FedCIFARNet(nn.Module):
             nn.Conv2d(64, 64, 3), nn.ReLU(),
         )  # fmt: skip
         self.hidden, self.head = nn.Linear(64 * 4 * 4, 64), nn.Linear(64, classes)
+        _channels_last(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, 3, 32, 32]``."""
         logits: Tensor = self.head(self.hidden(self.features(images).flatten(1)).relu())
         return logits
+
+
+def _channels_last(net: nn.Module) -> None:
+    # On a CPU a step then takes up to half as long.
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a layout
