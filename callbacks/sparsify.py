@@ -221,6 +221,8 @@ class Sparsify(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self.sparsifier.scaling:
+            self.sparsifier.scaling.leave()
 
     def _check_ranks(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After each renewal: all ranks have to hold the same masks, which nothing broadcasts."""

@@ -61,7 +61,7 @@ class Scaling:
             return
         for optimizer in optimizers:
             _check(optimizer)
-            self._handles.append(optimizer.register_step_pre_hook(lambda each, *_: self._part(each, *present())))
+            self._handles.append(optimizer.register_step_pre_hook(self._before(present)))
             self._handles.append(optimizer.register_step_post_hook(lambda each, *_: self._join(each)))
 
     def leave(self) -> None:
@@ -73,6 +73,23 @@ class Scaling:
     def __getstate__(self) -> dict[str, Any]:
         # A copy has other optimizers, or none.
         return {**vars(self), "_handles": [], "_whole": {}}
+
+    def _before(self, present: Callable[[], tuple[Weights, Masks]]) -> Callable[..., Any]:
+        def before(optimizer: Optimizer, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            closure = options.get("closure", args[1] if len(args) > 1 else None)
+            if closure is None:
+                self._part(optimizer, *present())
+                return None
+
+            # Lightning computes gradients, and renews masks, in the closure of the step.
+            def then_part() -> Any:
+                loss = closure()
+                self._part(optimizer, *present())
+                return loss
+
+            return args[:1], {**options, "closure": then_part}
+
+        return before
 
     def _part(self, optimizer: Optimizer, weights: Weights, found: Masks) -> None:
         self._join(optimizer)  # where a step has failed

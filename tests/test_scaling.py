@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ from sparsity.distributions import ERK, Global, Uniform
 from sparsity.scaling import Scaling
 from sparsity.schedules import ConstantDrop
 from sparsity.scores import Random
+from tests.nets import Batches, task, trainer
 
 Make = Callable[..., torch.optim.Optimizer]
 MAKES: dict[str, Make] = {
@@ -117,12 +119,15 @@ class Spy(torch.optim.SGD):
     seen: list[list[dict[str, Any]]]
 
     def step(self, closure: Any = None) -> Any:
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
         self.seen.append([dict(group) for group in self.param_groups])
         for group in self.param_groups:
             group["steps"] = group.get("steps", 0) + 1
         if len(self.seen) == self.fails_at:
             raise RuntimeError("no step")
-        return super().step(closure)
+        return super().step()
 
     fails_at = 0
 
@@ -210,6 +215,64 @@ def test_rates_follow_masks_that_move_between_layers() -> None:
             assert rates[id(weight)] == pytest.approx(0.1 / densities.get(name, 1.0))
     first, last = ({round(group["lr"], 6) for group in groups} for groups in (optimizer.seen[0], optimizer.seen[-1]))
     assert first != last
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_masks_that_a_closure_renews_count(by_name: bool) -> None:
+    net = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 10))
+    optimizer = Spy(net.parameters(), 0.1, momentum=0.9)
+    optimizer.seen = []
+    sparsifier = SparseMomentum(0.8, ConstantDrop(0.5, 1, 1.0)).scaled().sparsifier
+    sparsifier.attach(net, optimizer, horizon=Horizon(10, 5))
+    whole = [1]
+    for number in range(6):
+
+        def closure(number: int = number) -> None:
+            optimizer.zero_grad()
+            net(torch.randn(5, 40)).square().mean().backward()
+            whole.append(len(optimizer.param_groups))
+            sparsifier.update(number)
+
+        optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+        sparsifier.apply()
+        densities = {name: float(mask.double().mean()) for name, mask in sparsifier.masks.items()}
+        rates = {id(weight): group["lr"] for group in optimizer.seen[-1] for weight in group["params"]}
+        for name, weight in net.named_parameters():
+            assert rates[id(weight)] == pytest.approx(0.1 / densities.get(name, 1.0))
+    assert set(whole) == {1}
+
+
+class Densities(pl.Callback):
+    """Notes what the masks keep after each step, by layer."""
+
+    def __init__(self, method: Sparsify) -> None:
+        self.method, self.seen = method, list[dict[str, float]]()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen.append({name: float(mask.double().mean()) for name, mask in self.method.sparsifier.masks.items()})
+
+
+def test_a_trainer_takes_its_steps_at_the_rates_of_the_masks() -> None:
+    method = SparseMomentum(0.8, ConstantDrop(0.5, 3, 1.0)).scaled()
+    made = []
+
+    def make(weights: Any) -> Spy:
+        made.append(Spy(weights, 0.01, momentum=0.9))
+        made[-1].seen = []
+        return made[-1]
+
+    module, notes = task(1, make), Densities(method)
+    trainer(method, notes, epochs=2).fit(module, Batches())
+    [optimizer] = made
+    assert len(optimizer.seen) == len(notes.seen) == 12
+    assert notes.seen[0] != notes.seen[-1]
+    for groups, densities in zip(optimizer.seen, notes.seen, strict=True):
+        rates = {id(weight): group["lr"] for group in groups for weight in group["params"]}
+        for name, weight in module.named_parameters():
+            assert rates[id(weight)] == pytest.approx(0.01 / densities.get(name, 1.0))
+    module.training_step(next(iter(Batches())), 0).backward()  # type: ignore[no-untyped-call]  # torch's
+    optimizer.step()  # of the user's own, afterwards
+    assert [group["lr"] for group in optimizer.seen[-1]] == [0.01]
 
 
 def test_only_targets_are_scaled() -> None:
