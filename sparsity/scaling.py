@@ -41,6 +41,7 @@ class Scaling:
         if what not in WHAT:
             raise InputError(f"expected one of {', '.join(WHAT)} to scale, got {what!r}")
         self.what = what
+        self._optimizers: tuple[Optimizer, ...] = ()
         self._handles: list[Any] = []
         self._whole: dict[int, list[tuple[dict[str, Any], list[dict[str, Any]]]]] = {}
         self._seen: tuple[Masks, dict[str, float]] = {}, {}
@@ -59,6 +60,7 @@ class Scaling:
         self.leave()
         if self.what != "both":
             return
+        self._optimizers = optimizers
         for optimizer in optimizers:
             _check(optimizer)
             self._handles.append(optimizer.register_step_pre_hook(self._before(present)))
@@ -68,11 +70,13 @@ class Scaling:
         """Lets the optimizers be."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for optimizer in self._optimizers:
+            self._join(optimizer)
+        self._handles, self._optimizers = [], ()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has other optimizers, or none.
-        return {**vars(self), "_handles": [], "_whole": {}}
+        return {**vars(self), "_optimizers": (), "_handles": [], "_whole": {}}
 
     def _before(self, present: Callable[[], tuple[Weights, Masks]]) -> Callable[..., Any]:
         def before(optimizer: Optimizer, args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -173,6 +173,11 @@ def test_a_step_that_fails_leaves_the_next_one_right() -> None:
     stepped(optimizer, sparsifier, net, 1)
     assert [sorted(group["lr"] for group in groups) for groups in optimizer.seen] == [[0.1, 0.5]] * 2
     assert [group["lr"] for group in optimizer.param_groups] == [0.1]
+    optimizer.fails_at = 3
+    with pytest.raises(RuntimeError, match="no step"):
+        stepped(optimizer, sparsifier, net, 2)
+    sparsifier.detach()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1]
 
 
 SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]] = {

@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[2]
 
 CASES: dict[str, Any] = {
     "FedSGC": lambda: (model(norm=False), FedSGC(0.6, Congruity(0.5), drops()), FedAvg(residual=True), None),
+    "scaled": lambda: (model(norm=False), FedSGC(0.6, Congruity(0.5), drops()).scaled(), None, None),
     "SCAFFOLD": lambda: (model(norm=False), FedDST(0.6, drops(1)), SCAFFOLD(), Tolerance(dropout=0.2)),
     "NaN": lambda: (Unlucky(norm=False), None, None, None),
 }  # fmt: skip
