@@ -49,9 +49,10 @@ def summary(method: str, sparsifier: Sparsifier, steps: float) -> Group:
     table.add_section()
     table.add_row("all targets", "", f"{size:,}", f"{total:,}", f"{total / size:.4f}")
     later = total < sum(masks.counts(sparsifier.masks).values())
-    spread, pattern = type(sparsifier.distribution).__name__, sparsifier.pattern.name
+    spread, pattern = type(getattr(sparsifier, "first", sparsifier.distribution)).__name__, sparsifier.pattern.name
+    scaled = f", scaled: {sparsifier.scaling.what}" if sparsifier.scaling else ""
     return Group(
-        f"{method}, pattern {pattern}, distribution {spread}",
+        f"{method}, pattern {pattern}, distribution {spread}{scaled}",
         table,
         f"dense in any case: {', '.join(_others(sparsifier)) or 'biases and norms only'}",
         f"when: {_times(sparsifier, steps)}",

@@ -53,6 +53,11 @@ class Sparsify(Callback):
         `what`: "both", or "weights" alone. Why, and when not: `sparsity.scaling.Scaling`. Raises `InputError` for
         methods whose masks are not random at first.
         """
+        if not self.sparsifier.begins_at_random:
+            raise InputError(
+                "weights and rates are scaled for methods whose masks are random at first, such as StaticMask, SET or "
+                f"RigL, not for {type(self).__name__}: leave it out (--scaled=null)"
+            )
         self.sparsifier.scaled(what)
         return self
 
@@ -186,7 +191,7 @@ class Sparsify(Callback):
 
     def story(self) -> dict[str, Any]:
         """What the report has to say beside the masks: entries of its own."""
-        return {}
+        return {"scaled": self.sparsifier.scaling.what} if self.sparsifier.scaling else {}
 
     def prune(self, pl_module: LightningModule, batches: Callable[[], Iterable[Any]] | None = None) -> None:
         """Prunes the model to the full sparsity at once, outside of any training; by `batches` where data is needed."""

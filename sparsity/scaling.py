@@ -13,8 +13,10 @@ from sparsity.errors import InputError
 from sparsity.masks import Masks
 
 WHAT = ("weights", "both")
+REMEDY = "take another optimizer, or scale the weights only (scaled('weights'), --scaled=weights)"
 OF_A_PART = ("params", "param_names", "lr", "weight_decay")  # what the parts of a group differ in
 Weights = Mapping[str, Parameter]
+Group = dict[str, Any]
 
 
 class Scaling:
@@ -43,36 +45,47 @@ class Scaling:
         self.what = what
         self._optimizers: tuple[Optimizer, ...] = ()
         self._handles: list[Any] = []
-        self._whole: dict[int, list[tuple[dict[str, Any], list[dict[str, Any]]]]] = {}
+        self._whole: dict[int, list[tuple[Group, dict[float, Group]]]] = {}
         self._seen: tuple[Masks, dict[str, float]] = {}, {}
 
+    def check(self, optimizers: tuple[Optimizer, ...]) -> None:
+        """Raises `InputError` for optimizers that have one rate for all weights."""
+        for optimizer in optimizers if self.what == "both" else ():
+            one_rate = isinstance(optimizer, Compact | LBFGS) or hasattr(optimizer, "_sync_param_groups")  # ZeRO's
+            if one_rate or not all("lr" in group for group in optimizer.param_groups):
+                raise InputError(f"{type(optimizer).__name__} takes no rates by layers: {REMEDY}")
+
     @torch.no_grad()
-    def begin(self, weights: Weights, found: Masks) -> None:
-        """First weights of a network, for its first masks."""
+    def begin(self, weights: Weights, found: Masks, before: Mapping[str, int]) -> None:
+        """First weights of a network, for its first masks.
+
+        Layers that had no more weights `before`, other than zero, than their masks keep, have begun already.
+        """
         for name, density in self._densities(found).items():
-            weights[name].div_(density**0.5)
+            if before[name] > density * weights[name].numel():
+                weights[name].div_(density**0.5)
 
     def follow(self, optimizers: tuple[Optimizer, ...], present: Callable[[], tuple[Weights, Masks]]) -> None:
-        """From now on these optimizers take each step at the rates of the present masks.
-
-        Raises `InputError` for optimizers that have one rate for all weights.
-        """
+        """From now on these optimizers take each step at the rates of the present masks."""
         self.leave()
         if self.what != "both":
             return
         self._optimizers = optimizers
         for optimizer in optimizers:
-            _check(optimizer)
             self._handles.append(optimizer.register_step_pre_hook(self._before(present)))
-            self._handles.append(optimizer.register_step_post_hook(lambda each, *_: self._join(each)))
+            self._handles.append(optimizer.register_step_post_hook(lambda each, *_: self._join(each, strict=True)))
+
+    def whole(self) -> None:
+        """Joins the groups of a step that has failed; the next step would, too."""
+        for optimizer in self._optimizers:
+            self._join(optimizer)
 
     def leave(self) -> None:
         """Lets the optimizers be."""
         for handle in self._handles:
             handle.remove()
-        for optimizer in self._optimizers:
-            self._join(optimizer)
-        self._handles, self._optimizers = [], ()
+        self.whole()
+        self._handles, self._optimizers, self._seen = [], (), ({}, {})
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has other optimizers, or none.
@@ -87,11 +100,13 @@ class Scaling:
 
             # Lightning computes gradients, and renews masks, in the closure of the step.
             def then_part() -> Any:
+                self._join(optimizer)
                 loss = closure()
                 self._part(optimizer, *present())
                 return loss
 
-            return args[:1], {**options, "closure": then_part}
+            by_name = "closure" in options
+            return (args, {**options, "closure": then_part}) if by_name else ((args[0], then_part, *args[2:]), options)
 
         return before
 
@@ -100,16 +115,21 @@ class Scaling:
         densities = {id(weights[name]): density for name, density in self._densities(found).items()}
         whole = [(group, parted(group, densities)) for group in optimizer.param_groups]
         self._whole[id(optimizer)] = whole
-        optimizer.param_groups[:] = [part for _, parts in whole for part in parts]
+        optimizer.param_groups[:] = [part for _, parts in whole for part in parts.values()]
 
-    def _join(self, optimizer: Optimizer) -> None:
+    def _join(self, optimizer: Optimizer, strict: bool = False) -> None:
+        """Puts the groups back, with what a step has counted in them; raises `InputError` if `strict` and they differ.
+
+        A step that has failed may have counted in some; and a step that calls that of its class above joins twice.
+        """
         whole = self._whole.pop(id(optimizer), None)
         if whole is None:
             return
-        for group, parts in whole:
-            for part in parts:  # some optimizers count in their groups
-                group.update({name: value for name, value in part.items() if name not in OF_A_PART})
         optimizer.param_groups[:] = [group for group, _ in whole]
+        for group, parts in whole:
+            if strict:
+                _check(group, parts)
+            group.update({name: each for name, each in parts.popitem()[1].items() if name not in OF_A_PART})
 
     def _densities(self, found: Masks) -> dict[str, float]:
         """Those of layers that keep any weight; counted once for the same masks."""
@@ -119,27 +139,36 @@ class Scaling:
         return self._seen[1]
 
 
-def parted(group: dict[str, Any], densities: Mapping[int, float]) -> list[dict[str, Any]]:
-    """A group of an optimizer in parts of one density each, which are given by the weights' ids, with their rates."""
+def parted(group: Group, densities: Mapping[int, float]) -> dict[float, Group]:
+    """A group of an optimizer in parts by density, with their rates; densities are given by the weights' ids."""
     places: dict[float, list[int]] = {}
     for place, weight in enumerate(group["params"]):
         places.setdefault(densities.get(id(weight), 1.0), []).append(place)
-    return [_part(group, each, density) for density, each in places.items()]
+    return {density: _part(group, each, density) for density, each in places.items()}
 
 
-def _part(group: dict[str, Any], places: list[int], density: float) -> dict[str, Any]:
-    found = {**group, "lr": group["lr"] / density}
-    if "weight_decay" in group:
-        found["weight_decay"] = group["weight_decay"] * density
+def _part(group: Group, places: list[int], density: float) -> Group:
+    found = {**group, **_rates(group, density)}
     for name in {"params", "param_names"} & set(group):
         found[name] = [group[name][place] for place in places]
     return found
 
 
-def _check(optimizer: Optimizer) -> None:
-    one_rate = isinstance(optimizer, Compact | LBFGS) or hasattr(optimizer, "_sync_param_groups")  # ZeRO's
-    if one_rate or not all("lr" in group for group in optimizer.param_groups):
-        raise InputError(
-            f"{type(optimizer).__name__} takes no rates by layers: take another optimizer, or scale the weights only "
-            "(scaled('weights'), --scaled=weights)"
-        )
+def _rates(group: Group, density: float) -> Group:
+    found = {"lr": group["lr"] / density}
+    return found | ({"weight_decay": group["weight_decay"] * density} if "weight_decay" in group else {})
+
+
+def _check(group: Group, parts: dict[float, Group]) -> None:
+    """Raises `InputError` where a step has left other rates, or something in the groups that differs between parts."""
+    for density, part in parts.items():
+        if any(not _same(part[name], rate) for name, rate in _rates(group, density).items()):
+            raise InputError(f"the optimizer sets rates itself, and layers have their own: {REMEDY}")
+    first, *others = parts.values()
+    for name in set(first) - set(OF_A_PART):
+        if any(not _same(first[name], other.get(name)) for other in others):
+            raise InputError(f"the optimizer keeps {name!r} by groups, of which it has seen several: {REMEDY}")
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(torch.equal(one, other)) if isinstance(one, torch.Tensor) else bool(one == other)

@@ -88,7 +88,7 @@ class Sparsifier:
         if not self.begins_at_random:
             raise InputError(
                 "weights and rates are scaled for methods whose masks are random at first, such as StaticMask, SET or "
-                f"RigL: {type(self).__name__} by {type(self.score).__name__} is none"
+                f"RigL; {type(self).__name__} by {type(self.score).__name__} is none"
             )
         self.scaling = Scaling(what)
         return self
@@ -116,10 +116,13 @@ class Sparsifier:
             )
         if compact and self.keeps_state:
             raise InputError(f"{type(self).__name__} needs the state of pruned weights, which Compact does not keep")
+        if self.scaling:
+            self.scaling.check(optimizers)
         self._plan = self.plan(horizon or Horizon())
         self._steps = sorted(self._plan)
         loaded, self._loaded = self._loaded, False
-        fresh = not loaded and model is not self._model
+        fresh = self.scaling is not None and not loaded and model is not self._model
+        before = {name: int(weight.count_nonzero()) for name, weight in weights.items()} if fresh else {}
         if loaded:
             self.masks = self._placed(self.masks)
         elif model is not self._model:
@@ -134,7 +137,7 @@ class Sparsifier:
         if renews:
             self._renew_if_due(0)
         if self.scaling and fresh:
-            self.scaling.begin(self.weights(), self.masks)
+            self.scaling.begin(self.weights(), self.masks, before)
         self.enforce()
         if self.scaling:
             self.scaling.follow(optimizers, lambda: (self.weights(), self.masks))

@@ -180,6 +180,69 @@ def test_a_step_that_fails_leaves_the_next_one_right() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.1]
 
 
+def test_a_schedule_after_a_failed_step_sets_the_rate_that_was_asked_for() -> None:
+    net = nn.Linear(40, 30)
+    optimizer = Spy(net.parameters(), 0.1)
+    optimizer.seen, optimizer.fails_at = [], 1
+    sparsifier = fixed().scaled()
+    sparsifier.attach(net, optimizer)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    with pytest.raises(RuntimeError, match="no step"):
+        stepped(optimizer, sparsifier, net, 0)
+    assert sparsifier.scaling
+    sparsifier.scaling.whole()
+    schedule.step()
+    stepped(optimizer, sparsifier, net, 1)
+    assert sorted(group["lr"] for group in optimizer.seen[-1]) == pytest.approx([0.05, 0.25])
+
+
+class Noting(torch.optim.Optimizer):
+    """Plain steps, after each of which something is noted in the groups."""
+
+    def __init__(self, weights: Any, note: Callable[[dict[str, Any]], Any]) -> None:
+        super().__init__(weights, {"lr": 0.1})
+        self.note = note
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.add_(weight.grad, alpha=-group["lr"])
+            self.note(group)
+
+
+@pytest.mark.parametrize(
+    ("note", "message"),
+    [
+        (lambda group: group.update(path=group.get("path", 0.0) + group["lr"]), "keeps 'path' by groups"),
+        (lambda group: group.update(lr=group["lr"] / 2), "sets rates itself"),
+        (lambda group: group.update(steps=group.get("steps", 0) + 1), None),
+    ],
+    ids=["averages", "falls", "counts"],
+)
+def test_optimizers_with_numbers_of_their_own(note: Callable[[dict[str, Any]], Any], message: str | None) -> None:
+    net = nn.Linear(40, 30)
+    optimizer, sparsifier = Noting(net.parameters(), note), fixed().scaled()
+    sparsifier.attach(net, optimizer)
+    if message:
+        with pytest.raises(InputError, match=message):
+            stepped(optimizer, sparsifier, net, 0)
+        return
+    for number in range(3):
+        stepped(optimizer, sparsifier, net, number)
+    assert [group["steps"] for group in optimizer.param_groups] == [3]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_networks_that_have_begun_are_not_scaled_again(moved: bool) -> None:
+    net = chain(20, 2)
+    fixed().scaled().attach(net, seed=0)
+    before = copy.deepcopy(net.state_dict())
+    fixed().scaled().attach(net, seed=int(moved))
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name] * (value != 0))
+
+
 SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]] = {
     "OneCycleLR": lambda each: torch.optim.lr_scheduler.OneCycleLR(each, 0.1, 10),
     "CyclicLR": lambda each: torch.optim.lr_scheduler.CyclicLR(each, 0.01, 0.1),
@@ -296,8 +359,10 @@ def test_only_targets_are_scaled() -> None:
     ids=lambda method: type(method).__name__,
 )
 def test_methods_that_do_not_begin_at_random_are_refused(method: Sparsify) -> None:
-    with pytest.raises(InputError, match="whose masks are random at first"):
+    with pytest.raises(InputError, match=f"random at first.*not for {type(method).__name__}: leave it out"):
         method.scaled()
+    with pytest.raises(InputError, match="whose masks are random at first"):
+        method.sparsifier.scaled()
 
 
 @pytest.mark.parametrize(
@@ -307,8 +372,10 @@ def test_methods_that_do_not_begin_at_random_are_refused(method: Sparsify) -> No
 )
 def test_optimizers_of_one_rate_are_refused(make: Make) -> None:
     net = nn.Linear(40, 30)
+    before = net.weight.detach().clone()
     with pytest.raises(InputError, match="takes no rates by layers"):
         fixed().scaled().attach(net, make(net.parameters()))
+    assert torch.equal(net.weight, before)
     fixed().scaled("weights").attach(net, make(net.parameters()))
 
 

@@ -71,6 +71,8 @@ class Site:
 
     def begin(self) -> None:
         """A client begins: nothing is left of the one before."""
+        if self.sparsifier is not None and self.sparsifier.scaling:
+            self.sparsifier.scaling.whole()
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
         self.optimizer.state.clear()
@@ -106,8 +108,10 @@ class Site:
         self.model.load_state_dict(self._begun)
 
     def close(self) -> None:
-        """The model is the user's again: its own `log`, its modes, no gradients."""
+        """The model is the user's again: its own `log`, its modes, no gradients; and so is the optimizer."""
         self.begin()
+        if self.sparsifier is not None and self.sparsifier.scaling:
+            self.sparsifier.scaling.leave()
         self.log.close()
 
     def _restore_modes(self) -> None:

@@ -1,6 +1,7 @@
 """Scaled weights and rates in a federation: the same clients, at rates by density."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from sparsity import InputError
 from sparsity.congruent import Congruity
 from sparsity.distributions import Uniform
 from sparsity.federated import IID, SCAFFOLD, Federation, Local, Protocol, Running, simulate
-from tests.federated.small import Points, drops, model
+from tests.federated.small import Model, Points, drops, model
 
 
 def method() -> FedSGC:
@@ -54,6 +55,38 @@ def test_a_run_goes_on_with_what_it_began(tmp_path: Path) -> None:
     plain.sparsifier.scaling = None
     with pytest.raises(InputError, match=r"'scaled': 'both'.*'scaled': None"):
         simulate(model(), Points(), plain, federation, running=Running(resume=tmp_path), seed=3)
+
+
+class Once(torch.optim.SGD):
+    """One of its steps fails."""
+
+    left = 9
+
+    def step(self, closure: Any = None) -> Any:
+        self.left -= 1
+        if not self.left:
+            raise ArithmeticError("once only")
+        return super().step(closure)
+
+
+class Failing(Model):
+    def configure_optimizers(self) -> Any:
+        return Once(self.parameters(), 0.1)
+
+
+def test_a_step_that_fails_costs_one_client() -> None:
+    torch.manual_seed(0)
+    net = Failing()
+    outcome = simulate(net, Points(), StaticMask(0.6).scaled(), Federation(6, 4, 4, IID()), seed=3)
+    assert [row["failures"] for row in outcome.rows] == [1, 0, 0, 0]
+
+
+def test_a_second_federation_goes_on_with_the_weights_of_the_first() -> None:
+    net, norms = model(), []
+    for _ in range(2):
+        simulate(net, Points(), StaticMask(0.6).scaled(), Federation(6, 2, 1, IID()), Protocol(Local(1)), seed=3)
+        norms.append(net.middle.weight.norm().item())
+    assert norms[1] == pytest.approx(norms[0], rel=0.2)  # a second division by √0.4 would be 1.58
 
 
 def test_scaffold_takes_one_rate() -> None:
