@@ -171,7 +171,8 @@ class SparseTrainer(Trainer):
                 partition.figure(outcome.parts, labels).savefig(folder / "holdings.png", dpi=110)
         batch = next(iter(datamodule.train_dataloader()))
         batch = datamodule.on_after_batch_transfer(datamodule.on_before_batch_transfer(batch, 0), 0)
-        report.finish(self, model, batch, folder, finite(federated.describe(outcome)))
+        more = {**federated.describe(outcome), **(method.story() if method else {})}
+        report.finish(self, model, batch, folder, finite(more))
         for logger in self.loggers:
             logger.finalize("success")
 

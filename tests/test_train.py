@@ -394,7 +394,11 @@ def test_a_run_that_is_over_says_that_nothing_was_trained(tmp_path: Path, capsys
 def test_a_recipe_can_be_scaled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = ["fit", "--config", str(ROOT / "recipes" / "digits_rigl.yaml")]
     call(tmp_path, *recipe, "--trainer.max_epochs=1", "--scaled=both")
-    assert read(tmp_path)["sparsity"]["achieved"] == 0.9
+    report = read(tmp_path)
+    assert (report["sparsity"]["achieved"], report["scaled"]) == (0.9, "both")
+    with pytest.raises(SystemExit):
+        call(tmp_path, *recipe, "--dry-run", "--scaled=both")
+    assert "RigL, pattern unstructured, distribution ERK, scaled: both" in capsys.readouterr().out
     assert torch.load(newest(tmp_path, "last.ckpt"), weights_only=True)["callbacks"]["Sparsify"]["sparsifier"]["scaled"]
     call(tmp_path, *recipe, "--trainer.max_epochs=2", "--scaled=both", "--ckpt_path=last")
     for wishes, message in (
