@@ -102,8 +102,8 @@ def test_a_run_can_be_resumed_with_another_method_and_sparsity(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        (OneShot(sparsity=0.8), "trained by OneShot at sparsity 0.5, this run is OneShot at 0.8"),
-        (LAMP(sparsity=0.5), "trained by OneShot at sparsity 0.5, this run is LAMP at 0.5"),
+        (OneShot(sparsity=0.8), "trained by OneShot at sparsity 0.5, this run is OneShot at sparsity 0.8"),
+        (LAMP(sparsity=0.5), "trained by OneShot at sparsity 0.5, this run is LAMP at sparsity 0.5"),
     ],
 )
 def test_another_method_or_sparsity_is_refused_unless_it_is_meant(other: Sparsify, said: str, tmp_path: Path) -> None:
