@@ -11,7 +11,7 @@ def keep_freed() -> bool:
     """Lets glibc keep the memory that is freed, for the next tensor; returns whether it will.
 
     By itself it gives larger blocks back to the system, and the tensors of the next training step are mapped anew, page
-    by page: that took a third of the step of a small convolutional network on a CPU. The process then has its peak of
+    by page, which takes small convolutional networks on a CPU much of their time. The process then has its peak of
     memory until it ends. Does nothing where there is no glibc, and where the environment has settings of its own for
     it (`MALLOC_...`, `GLIBC_TUNABLES`).
     """
