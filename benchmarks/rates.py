@@ -1,10 +1,10 @@
-"""Which learning rate a sparse network wants: the dense one's, its own, or the dense one's by densities.
+"""Which learning rate a sparse network wants: the dense one's, its own, or the dense one's by what its masks keep.
 
     python -m benchmarks.rates
 
 LeNet-300-100 on scikit-learn's digits, offline: the dense network, and three methods that are sparse from the first
-step on, at 95 % zeros, each as it is, with larger first weights (`scaled("weights")`), and with these and rates by
-densities (`scaled()`). SGD with Nesterov momentum and a cosine, 60 epochs, three seeds. Accuracies are
+step on, at 95 % zeros, each as it is, with larger first weights (`scaled("weights")`), and with these and scaled
+rates (`scaled()`). SGD with Nesterov momentum and a cosine, 60 epochs, three seeds. Accuracies are
 of the validation images, as such a choice would be made; the test images are not read.
 
 Results are kept as they come; a call that is repeated runs what is missing, and writes the table of the README.

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.parameter import Parameter
 from torch.optim import LBFGS, Optimizer
 
-from sparsity import masks
+from sparsity import masks, shards
 from sparsity.compact import Compact
 from sparsity.errors import InputError
 from sparsity.masks import Masks
@@ -32,21 +33,27 @@ class Scaling:
     with these weights, a layer of density d learns d times as fast as a dense one. So its rate is divided by d, and
     its weight decay multiplied by d (with SGD and AdamW weights then decay as before). After Dey, Bergsma & Hestness,
     "Sparse maximal update parameterization" (NeurIPS 2024, arXiv 2405.15743); here relative to the user's own dense
-    network. It holds where masks do not know the gradients. Weights that were grown because theirs are large add up to
-    more than their share: with masks that move take a rate well below what the dense network bears.
+    network.
 
-    The optimizer's groups are parted while it takes a step, by the densities that the masks then have, and are whole
-    again afterwards: schedules, logs and checkpoints see the rates that were asked for.
+    That holds where masks do not know the gradients. With masks that are `moving` it is too much: weights that were
+    grown because their gradients are large have far more than the part d of these. A step of SGD along a gradient g
+    changes the loss by the sum of g^2 over the weights that are kept, to first order, and so at each step a layer's
+    rate is divided by what part this is of the sum over all, or by d where that is more. This is ours, and so is
+    taking it for other optimizers, too.
+
+    The optimizer's groups are parted while it takes a step, by the masks that there are, and are whole again
+    afterwards: schedules, logs and checkpoints see the rates that were asked for.
     """
 
-    def __init__(self, what: str = "both") -> None:
+    def __init__(self, what: str = "both", moving: bool = False) -> None:
         if what not in WHAT:
             raise InputError(f"expected one of {', '.join(WHAT)} to scale, got {what!r}")
-        self.what = what
+        self.what, self.moving = what, moving
         self._optimizers: tuple[Optimizer, ...] = ()
         self._handles: list[Any] = []
         self._whole: dict[int, list[tuple[Group, dict[float, Group]]]] = {}
         self._seen: tuple[Masks, dict[str, float]] = {}, {}
+        self.kept: dict[str, float] = {}  # what part of the squares of a layer's gradient its mask has
 
     def check(self, optimizers: tuple[Optimizer, ...]) -> None:
         """Raises `InputError` for optimizers that have one rate for all weights."""
@@ -64,6 +71,18 @@ class Scaling:
         for name, density in self._densities(found).items():
             if before[name] > density * weights[name].numel():
                 weights[name].div_(density**0.5)
+
+    @torch.no_grad()
+    def measure(self, weights: Weights, found: Masks) -> None:
+        """Before gradients are masked: what part of their squares is that of the weights that moving masks keep."""
+        if self.what != "both" or not self.moving:
+            return
+        squares = {name: _squares(each.grad, found[name]) for name, each in weights.items() if _has_gradient(each)}
+        self.kept = {}
+        if squares:
+            device = next(iter(squares.values())).device
+            kept, whole = shards.total(torch.stack([each.to(device) for each in squares.values()], 1), weights)
+            self.kept = dict(zip(squares, (kept / whole).tolist(), strict=True))
 
     def follow(self, optimizers: tuple[Optimizer, ...], present: Callable[[], tuple[Weights, Masks]]) -> None:
         """From now on these optimizers take each step at the rates of the present masks."""
@@ -85,7 +104,7 @@ class Scaling:
         for handle in self._handles:
             handle.remove()
         self.whole()
-        self._handles, self._optimizers, self._seen = [], (), ({}, {})
+        self._handles, self._optimizers, self._seen, self.kept = [], (), ({}, {}), {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has other optimizers, or none.
@@ -112,8 +131,10 @@ class Scaling:
 
     def _part(self, optimizer: Optimizer, weights: Weights, found: Masks) -> None:
         self._join(optimizer)  # where a step has failed
-        densities = {id(weights[name]): density for name, density in self._densities(found).items()}
-        whole = [(group, parted(group, densities)) for group in optimizer.param_groups]
+        # NaN, of gradients that are not finite or all zero, is not more than the density.
+        densities = self._densities(found)
+        divisors = {id(weights[name]): max(each, self.kept.get(name, 0.0)) for name, each in densities.items()}
+        whole = [(group, parted(group, divisors)) for group in optimizer.param_groups]
         self._whole[id(optimizer)] = whole
         optimizer.param_groups[:] = [part for _, parts in whole for part in parts.values()]
 
@@ -139,30 +160,41 @@ class Scaling:
         return self._seen[1]
 
 
-def parted(group: Group, densities: Mapping[int, float]) -> dict[float, Group]:
-    """A group of an optimizer in parts by density, with their rates; densities are given by the weights' ids."""
+def parted(group: Group, divisors: Mapping[int, float]) -> dict[float, Group]:
+    """A group of an optimizer in parts by what their rates are divided by, which is given by the weights' ids."""
     places: dict[float, list[int]] = {}
     for place, weight in enumerate(group["params"]):
-        places.setdefault(densities.get(id(weight), 1.0), []).append(place)
-    return {density: _part(group, each, density) for density, each in places.items()}
+        places.setdefault(divisors.get(id(weight), 1.0), []).append(place)
+    return {divisor: _part(group, each, divisor) for divisor, each in places.items()}
 
 
-def _part(group: Group, places: list[int], density: float) -> Group:
-    found = {**group, **_rates(group, density)}
+def _has_gradient(weight: Parameter) -> bool:
+    return weight.grad is not None and weight.grad.layout == torch.strided
+
+
+def _squares(gradient: Tensor | None, mask: Tensor) -> Tensor:
+    """The sums of a gradient's squares, over what the mask keeps and over all: [2], of this process's part."""
+    assert gradient is not None
+    each = shards.local(gradient).to(torch.promote_types(gradient.dtype, torch.float32)).square()
+    return torch.stack([(each * shards.local_part(mask, gradient)).sum(), each.sum()])
+
+
+def _part(group: Group, places: list[int], divisor: float) -> Group:
+    found = {**group, **_rates(group, divisor)}
     for name in {"params", "param_names"} & set(group):
         found[name] = [group[name][place] for place in places]
     return found
 
 
-def _rates(group: Group, density: float) -> Group:
-    found = {"lr": group["lr"] / density}
-    return found | ({"weight_decay": group["weight_decay"] * density} if "weight_decay" in group else {})
+def _rates(group: Group, divisor: float) -> Group:
+    found = {"lr": group["lr"] / divisor}
+    return found | ({"weight_decay": group["weight_decay"] * divisor} if "weight_decay" in group else {})
 
 
 def _check(group: Group, parts: dict[float, Group]) -> None:
     """Raises `InputError` where a step has left other rates, or something in the groups that differs between parts."""
-    for density, part in parts.items():
-        if any(not _same(part[name], rate) for name, rate in _rates(group, density).items()):
+    for divisor, part in parts.items():
+        if any(not _same(part[name], rate) for name, rate in _rates(group, divisor).items()):
             raise InputError(f"the optimizer sets rates itself, and layers have their own: {REMEDY}")
     first, *others = parts.values()
     for name in set(first) - set(OF_A_PART):

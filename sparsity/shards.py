@@ -4,6 +4,8 @@ Masks are whole on every process, chosen from whole weights, so that all process
 the part that a process holds. Tensors that are not spread are whole and local at once.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +51,16 @@ def all_agree(holds: bool, weights: list[nn.Parameter]) -> bool:
     flag = torch.tensor(int(holds), device=weights[0].device)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
     return bool(flag)
+
+
+def total(sums: Tensor, weights: Mapping[str, nn.Parameter]) -> Tensor:
+    """The sums over all processes, where weights are spread over them and each has those of its part.
+
+    A part that several processes hold counts as often.
+    """
+    if any(map(is_spread, weights.values())):
+        torch.distributed.all_reduce(sums)
+    return sums
 
 
 def refuse_flattened(model: nn.Module) -> None:

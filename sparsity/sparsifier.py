@@ -90,7 +90,7 @@ class Sparsifier:
                 "weights and rates are scaled for methods whose masks are random at first, such as StaticMask, SET or "
                 f"RigL; {type(self).__name__} by {type(self.score).__name__} is none"
             )
-        self.scaling = Scaling(what)
+        self.scaling = Scaling(what, moving=self.needs_training)
         return self
 
     def attach(self, model: nn.Module, *optimizers: Optimizer, horizon: Horizon | None = None, seed: int = 0) -> None:
@@ -159,6 +159,8 @@ class Sparsifier:
         """
         if self._due(step) is not None and self._gradients_are_finite():
             self._renew_if_due(step)
+        if self.scaling:
+            self.scaling.measure(self.weights(), self.masks)
         self._upkeep.mask_gradients(self.weights(), self.masks)
 
     def apply(self) -> None:

@@ -13,12 +13,14 @@ from callbacks import FLASH, GMP, LAMP, SET, ConstantMask, GraNet, OneShot, RigL
 from sparsity import Horizon, InputError, Sparsifier, Targets
 from sparsity.compact import Compact
 from sparsity.distributions import ERK, Global, Uniform
+from sparsity.masks import Masks
 from sparsity.scaling import Scaling
 from sparsity.schedules import ConstantDrop
 from sparsity.scores import Random
 from tests.nets import Batches, task, trainer
 
 Make = Callable[..., torch.optim.Optimizer]
+Gradients = dict[str, torch.Tensor]
 MAKES: dict[str, Make] = {
     "SGD": lambda weights: torch.optim.SGD(weights, 1e-2), "Adam": lambda weights: torch.optim.Adam(weights, 1e-6)
 }  # fmt: skip
@@ -132,12 +134,30 @@ class Spy(torch.optim.SGD):
     fails_at = 0
 
 
-def stepped(optimizer: torch.optim.Optimizer, sparsifier: Sparsifier, net: nn.Module, number: int) -> None:
+def stepped(optimizer: torch.optim.Optimizer, sparsifier: Sparsifier, net: nn.Module, number: int) -> Gradients:
+    """One step; its gradients, as they were before they were masked."""
     net(torch.randn(5, 40)).square().mean().backward()
+    found = gradients(net)
     sparsifier.update(number)
     optimizer.step()
     sparsifier.apply()
     optimizer.zero_grad()
+    return found
+
+
+def gradients(net: nn.Module) -> Gradients:
+    return {name: weight.grad.clone() for name, weight in net.named_parameters() if weight.grad is not None}
+
+
+def divided(rate: float, net: nn.Module, masks: Masks, found: Gradients) -> dict[int, float]:
+    """The rates of weights by their ids, of masks that move."""
+    rates = {id(weight): rate for weight in net.parameters()}
+    for name, weight in net.named_parameters():
+        if name in masks:
+            gradient = found.get(name, torch.zeros_like(weight)).double()
+            kept, all_ = float(gradient[masks[name]].norm() ** 2), float(gradient.norm() ** 2)
+            rates[id(weight)] = rate / max(kept / all_ if all_ else 0.0, float(masks[name].double().mean()))
+    return rates
 
 
 def test_groups_are_parted_for_a_step_and_whole_again() -> None:
@@ -269,20 +289,65 @@ def test_rates_follow_any_schedule(name: str) -> None:
         assert sorted(group["lr"] for group in groups) == pytest.approx([rate, rate / 0.2])
 
 
-def test_rates_follow_masks_that_move_between_layers() -> None:
+@pytest.mark.parametrize("method", [SparseMomentum, RigL, SET])
+def test_rates_follow_masks_that_move(method: Callable[..., Sparsify]) -> None:
     net = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 10))
     optimizer = Spy(net.parameters(), 0.1, momentum=0.9)
     optimizer.seen = []
-    sparsifier = SparseMomentum(0.8, ConstantDrop(0.5, 2, 1.0)).scaled().sparsifier
+    sparsifier = method(0.8, ConstantDrop(0.5, 2, 1.0)).scaled().sparsifier
     sparsifier.attach(net, optimizer, horizon=Horizon(10, 5))
+    above = 0
     for number in range(9):
-        stepped(optimizer, sparsifier, net, number)
-        densities = {name: float(mask.double().mean()) for name, mask in sparsifier.masks.items()}
+        before = sparsifier.masks
+        found = stepped(optimizer, sparsifier, net, number)
+        for name, mask in sparsifier.masks.items() if method is RigL else ():
+            found[name][mask & ~before[name]] = 0.0  # by these no weight takes its first step
         rates = {id(weight): group["lr"] for group in optimizer.seen[-1] for weight in group["params"]}
-        for name, weight in net.named_parameters():
-            assert rates[id(weight)] == pytest.approx(0.1 / densities.get(name, 1.0))
-    first, last = ({round(group["lr"], 6) for group in groups} for groups in (optimizer.seen[0], optimizer.seen[-1]))
-    assert first != last
+        assert rates == pytest.approx(divided(0.1, net, sparsifier.masks, found))
+        above += sum(rate < 0.49 for rate in rates.values()) - 2
+    assert above > 0  # gradients decide, not only densities
+
+
+def test_the_loss_falls_as_the_dense_network_would_let_it() -> None:
+    """To first order, in plain SGD: by the rate times the squares of all gradients, of pruned weights, too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 200), nn.Tanh(), nn.Linear(200, 10)).double()
+    x, y = torch.randn(50, 40, dtype=torch.double), torch.randn(50, 10, dtype=torch.double)
+    rate = 1e-5
+    optimizer = torch.optim.SGD(net.parameters(), rate)
+    sparsifier = RigL(0.7, ConstantDrop(0.5, 1, 1.0)).scaled().sparsifier
+    sparsifier.attach(net, optimizer, horizon=Horizon(6, 3))
+
+    def loss() -> torch.Tensor:
+        return nn.functional.mse_loss(net(x), y)
+
+    for number in range(6):
+        loss().backward()  # type: ignore[no-untyped-call]  # torch's
+        sparsifier.update(number)
+        optimizer.step()
+        sparsifier.apply()
+        optimizer.zero_grad()
+    before = loss()
+    before.backward()  # type: ignore[no-untyped-call]  # torch's
+    all_ = sum(float(each.square().sum()) for each in gradients(net).values())
+    sparsifier.update(6)
+    assert sparsifier.scaling is not None
+    assert min(sparsifier.scaling.kept.values()) > 0.35
+    optimizer.step()
+    assert before.item() - loss().item() == pytest.approx(rate * all_, rel=0.01)
+
+
+@pytest.mark.parametrize("factor", [0.0, float("nan"), float("inf")])
+def test_gradients_that_say_nothing_leave_rates_by_density(factor: float) -> None:
+    net = nn.Linear(40, 30)
+    optimizer = Spy(net.parameters(), 0.1)
+    optimizer.seen = []
+    sparsifier = RigL(0.8, ConstantDrop(0.5, 2, 1.0)).scaled().sparsifier
+    sparsifier.attach(net, optimizer, horizon=Horizon(100, 5))
+    net.weight.grad = torch.full_like(net.weight, factor)
+    sparsifier.update(0)
+    optimizer.step()
+    assert sorted(group["lr"] for group in optimizer.seen[-1]) == pytest.approx([0.1, 0.5])
 
 
 @pytest.mark.parametrize("by_name", [False, True])
@@ -303,21 +368,19 @@ def test_masks_that_a_closure_renews_count(by_name: bool) -> None:
 
         optimizer.step(closure=closure) if by_name else optimizer.step(closure)
         sparsifier.apply()
-        densities = {name: float(mask.double().mean()) for name, mask in sparsifier.masks.items()}
         rates = {id(weight): group["lr"] for group in optimizer.seen[-1] for weight in group["params"]}
-        for name, weight in net.named_parameters():
-            assert rates[id(weight)] == pytest.approx(0.1 / densities.get(name, 1.0))
+        assert rates == pytest.approx(divided(0.1, net, sparsifier.masks, gradients(net)))
     assert set(whole) == {1}
 
 
-class Densities(pl.Callback):
-    """Notes what the masks keep after each step, by layer."""
+class Rates(pl.Callback):
+    """Notes the rates that each step is to have; gradients are not masked, where weights grow by momentum."""
 
-    def __init__(self, method: Sparsify) -> None:
-        self.method, self.seen = method, list[dict[str, float]]()
+    def __init__(self, method: Sparsify, rate: float) -> None:
+        self.method, self.rate, self.seen = method, rate, list[dict[int, float]]()
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seen.append({name: float(mask.double().mean()) for name, mask in self.method.sparsifier.masks.items()})
+    def on_train_batch_end(self, _: pl.Trainer, module: pl.LightningModule, *__: Any) -> None:
+        self.seen.append(divided(self.rate, module, self.method.sparsifier.masks, gradients(module)))
 
 
 def test_a_trainer_takes_its_steps_at_the_rates_of_the_masks() -> None:
@@ -329,15 +392,13 @@ def test_a_trainer_takes_its_steps_at_the_rates_of_the_masks() -> None:
         made[-1].seen = []
         return made[-1]
 
-    module, notes = task(1, make), Densities(method)
+    module, notes = task(1, make), Rates(method, 0.01)
     trainer(method, notes, epochs=2).fit(module, Batches())
     [optimizer] = made
     assert len(optimizer.seen) == len(notes.seen) == 12
     assert notes.seen[0] != notes.seen[-1]
-    for groups, densities in zip(optimizer.seen, notes.seen, strict=True):
-        rates = {id(weight): group["lr"] for group in groups for weight in group["params"]}
-        for name, weight in module.named_parameters():
-            assert rates[id(weight)] == pytest.approx(0.01 / densities.get(name, 1.0))
+    for groups, expected in zip(optimizer.seen, notes.seen, strict=True):
+        assert {id(weight): group["lr"] for group in groups for weight in group["params"]} == pytest.approx(expected)
     module.training_step(next(iter(Batches())), 0).backward()  # type: ignore[no-untyped-call]  # torch's
     optimizer.step()  # of the user's own, afterwards
     assert [group["lr"] for group in optimizer.seen[-1]] == [0.01]

@@ -12,7 +12,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from sparsity import InputError, Sparsifier, masks, shards
+from callbacks import RigL
+from sparsity import Horizon, InputError, Sparsifier, masks, shards
+from sparsity.schedules import ConstantDrop
 
 
 @pytest.fixture
@@ -47,6 +49,30 @@ def test_a_sharded_model_gets_the_masks_of_the_whole_one(mesh: Any) -> None:
         found.append(masks.fingerprint(sparsifier.masks))
     assert shards.is_spread(sharded[0].weight)  # type: ignore[arg-type]  # a Linear's
     assert found[0] == found[1]
+
+
+def test_a_sharded_model_has_the_rates_of_the_whole_one(mesh: Any) -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    fully_shard(models[1], mesh=mesh)
+    found = []
+    for model in models:
+        sparsifier = RigL(0.75, ConstantDrop(0.5, 2, 1.0)).scaled().sparsifier
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sparsifier.attach(model, optimizer, horizon=Horizon(6, 3))
+        for step in range(6):
+            torch.manual_seed(step)
+            model(torch.randn(5, 12)).square().mean().backward()
+            sparsifier.update(step)
+            optimizer.step()
+            sparsifier.apply()
+            optimizer.zero_grad()
+        assert sparsifier.scaling is not None
+        assert any(sparsifier.scaling.kept[name] > float(mask.double().mean()) + 0.05
+                   for name, mask in sparsifier.masks.items())  # fmt: skip
+        found.append({name: shards.whole(value) for name, value in model.state_dict().items()})
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_plain_tensors_are_whole_and_local() -> None:
