@@ -1,4 +1,4 @@
-"""Which learning rate a sparse network wants: the dense one's, its own, or the dense one's by what its masks keep.
+"""Which learning rate a sparse network wants: its own, or the dense one's, scaled.
 
     python -m benchmarks.rates
 

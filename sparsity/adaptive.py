@@ -138,12 +138,10 @@ class Adaptive(Stages):
         self._upkeep.mask_gradients(self.weights(), self.masks)
 
     def _regularise(self, optimizer: Optimizer | None) -> None:
-        weights = self.weights()
-        self.penalty.prepare(weights, self.sparsity)
-        held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.penalty.prepare(self.weights(), self.sparsity)
         strength = self.penalty.at(self.epochs - self._warm_up)
-        for weight in weights.values():
-            if weight.grad is not None and (held is None or id(weight) in held):
+        for weight in self.held(optimizer).values():
+            if weight.grad is not None:
                 self.penalty.add(shards.local(weight.grad), shards.local(weight.detach()), strength)
 
     @contextmanager

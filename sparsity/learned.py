@@ -112,9 +112,8 @@ class Learned(Sparsifier):
 
         With an optimizer, only of the weights that it holds.
         """
-        held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._mover = optimizer
-        self._stepping = [name for name, each in self.weights().items() if held is None or id(each) in held]
+        self._stepping = list(self.held(optimizer))
         self._next, self._finite = step + 1, self._gradients_are_finite()
         if self._finite:
             self.observe(self._stepping)

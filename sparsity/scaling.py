@@ -1,6 +1,7 @@
-"""Scaling: first weights and learning rates that make up for the density of each layer."""
+"""Scaling: first weights and learning rates that make up for the density of each layer, and for where masks move."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from sparsity import masks, shards
 from sparsity.compact import Compact
 from sparsity.errors import InputError
 from sparsity.masks import Masks
+from sparsity.ops import keep_
 
 WHAT = ("weights", "both")
 REMEDY = "take another optimizer, or scale the weights only (scaled('weights'), --scaled=weights)"
@@ -36,10 +38,12 @@ class Scaling:
     network.
 
     That holds where masks do not know the gradients. With masks that are `moving` it is too much: weights that were
-    grown because their gradients are large have far more than the part d of these. A step of SGD along a gradient g
-    changes the loss by the sum of g^2 over the weights that are kept, to first order, and so at each step a layer's
-    rate is divided by what part this is of the sum over all, or by d where that is more. This is ours, and so is
-    taking it for other optimizers, too.
+    grown because their gradients are large hold more than the part d of these. A step of plain SGD at rate r lowers the
+    loss, to first order, by r times the sum of g^2 over the weights that are kept. So at each step a layer's rate is
+    divided by the part that this sum is of the one over all of its weights, or by d where that is more; its weight
+    decay is multiplied by the same. Weights that have just grown by a gradient do not take a step by it, and are in
+    neither sum. This is ours, and so is taking it for momentum and other optimizers. It is measured on one batch:
+    batches of a few samples make it noise.
 
     The optimizer's groups are parted while it takes a step, by the masks that there are, and are whole again
     afterwards: schedules, logs and checkpoints see the rates that were asked for.
@@ -72,17 +76,17 @@ class Scaling:
             if before[name] > density * weights[name].numel():
                 weights[name].div_(density**0.5)
 
-    @torch.no_grad()
-    def measure(self, weights: Weights, found: Masks) -> None:
-        """Before gradients are masked: what part of their squares is that of the weights that moving masks keep."""
+    @contextmanager
+    def measuring(self, weights: Weights, found: Masks, masked: bool = True) -> Iterator[None]:
+        """Around the masking of these weights' gradients, if they are `masked`: what moving masks keep of each."""
         if self.what != "both" or not self.moving:
+            yield
             return
-        squares = {name: _squares(each.grad, found[name]) for name, each in weights.items() if _has_gradient(each)}
-        self.kept = {}
-        if squares:
-            device = next(iter(squares.values())).device
-            kept, whole = shards.total(torch.stack([each.to(device) for each in squares.values()], 1), weights)
-            self.kept = dict(zip(squares, (kept / whole).tolist(), strict=True))
+        whole = {name: _square(each.grad) for name, each in weights.items() if _has_gradient(each)}
+        yield
+        if whole:
+            kept = [_square(weights[name].grad, None if masked else found[name]) for name in whole]
+            self._note(list(whole), torch.stack([_together(kept), _together(list(whole.values()))]), weights)
 
     def follow(self, optimizers: tuple[Optimizer, ...], present: Callable[[], tuple[Weights, Masks]]) -> None:
         """From now on these optimizers take each step at the rates of the present masks."""
@@ -105,6 +109,12 @@ class Scaling:
             handle.remove()
         self.whole()
         self._handles, self._optimizers, self._seen, self.kept = [], (), ({}, {}), {}
+
+    def _note(self, names: list[str], squares: Tensor, weights: Weights) -> None:
+        kept, whole = shards.total(squares, weights)
+        # Gradients that are zero everywhere, or not finite, say nothing: momentum then goes on at the rate itself.
+        parts = torch.where(whole.isfinite() & (whole > 0), kept / whole, 1.0)
+        self.kept.update(zip(names, parts.tolist(), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has other optimizers, or none.
@@ -131,9 +141,9 @@ class Scaling:
 
     def _part(self, optimizer: Optimizer, weights: Weights, found: Masks) -> None:
         self._join(optimizer)  # where a step has failed
-        # NaN, of gradients that are not finite or all zero, is not more than the density.
+        least = 1.0 if self.moving else 0.0  # what has not been measured keeps its rate
         densities = self._densities(found)
-        divisors = {id(weights[name]): max(each, self.kept.get(name, 0.0)) for name, each in densities.items()}
+        divisors = {id(weights[name]): max(each, self.kept.get(name, least)) for name, each in densities.items()}
         whole = [(group, parted(group, divisors)) for group in optimizer.param_groups]
         self._whole[id(optimizer)] = whole
         optimizer.param_groups[:] = [part for _, parts in whole for part in parts.values()]
@@ -162,7 +172,7 @@ class Scaling:
 
 def parted(group: Group, divisors: Mapping[int, float]) -> dict[float, Group]:
     """A group of an optimizer in parts by what their rates are divided by, which is given by the weights' ids."""
-    places: dict[float, list[int]] = {}
+    places: dict[float, list[int]] = {} if group["params"] else {1.0: []}
     for place, weight in enumerate(group["params"]):
         places.setdefault(divisors.get(id(weight), 1.0), []).append(place)
     return {divisor: _part(group, each, divisor) for divisor, each in places.items()}
@@ -172,11 +182,18 @@ def _has_gradient(weight: Parameter) -> bool:
     return weight.grad is not None and weight.grad.layout == torch.strided
 
 
-def _squares(gradient: Tensor | None, mask: Tensor) -> Tensor:
-    """The sums of a gradient's squares, over what the mask keeps and over all: [2], of this process's part."""
+def _square(gradient: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    """The sum of a gradient's squares, of this process's part; of what the mask keeps, if there is one."""
     assert gradient is not None
-    each = shards.local(gradient).to(torch.promote_types(gradient.dtype, torch.float32)).square()
-    return torch.stack([(each * shards.local_part(mask, gradient)).sum(), each.sum()])
+    part = shards.local(gradient)
+    if mask is not None:
+        part = keep_(part.clone(), shards.local_part(mask, gradient))
+    norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32))
+    return norm.square()
+
+
+def _together(numbers: list[Tensor]) -> Tensor:
+    return torch.stack([each.to(numbers[0].device) for each in numbers])
 
 
 def _part(group: Group, places: list[int], divisor: float) -> Group:

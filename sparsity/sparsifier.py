@@ -1,6 +1,7 @@
 """The Sparsifier: it owns the masks of one model. Three verbs: attach, update, apply."""
 
 from bisect import bisect_right
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -155,13 +156,14 @@ class Sparsifier:
         """After backward and before the optimizer's step number `step`: renews the masks when due, masks the gradients.
 
         Where a gradient of the model is not finite, the masks stay as they are and the renewal is made up for at the
-        next step. Which `optimizer` is about to step, of several, matters to learned masks.
+        next step. With an `optimizer`, of several, it is the gradients of the weights that this one steps.
         """
         if self._due(step) is not None and self._gradients_are_finite():
             self._renew_if_due(step)
-        if self.scaling:
-            self.scaling.measure(self.weights(), self.masks)
-        self._upkeep.mask_gradients(self.weights(), self.masks)
+        weights = self.held(optimizer)
+        masked = not self.keeps_state
+        with self.scaling.measuring(weights, self.masks, masked) if self.scaling else nullcontext():
+            self._upkeep.mask_gradients(weights, self.masks)
 
     def apply(self) -> None:
         """After the optimizer's step: pruned weights and all of their optimizer state are exactly zero.
@@ -222,6 +224,14 @@ class Sparsifier:
     def weights(self) -> dict[str, Parameter]:
         """The target parameters by name, as the model holds them now."""
         return {name: getattr(module, leaf) for name, (module, leaf) in self._owners.items()}
+
+    def held(self, optimizer: Optimizer | None) -> dict[str, Parameter]:
+        """Those that this optimizer steps; all of them if there is none."""
+        weights = self.weights()
+        if optimizer is None:
+            return weights
+        stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        return {name: weight for name, weight in weights.items() if id(weight) in stepped}
 
     def scores(self, score: Score, among: Masks, draw: str) -> Scores:
         """A score of all targets, outputs before inputs; `draw` names the random numbers."""

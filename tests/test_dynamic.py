@@ -105,6 +105,26 @@ def test_rigl_equals_sorting() -> None:
         optimizer.zero_grad()
 
 
+def test_growth_by_gradients_that_another_optimizers_step_comes_before() -> None:
+    """One backward pass, and the optimizer whose steps count comes second: its gradients are not masked before."""
+    body, head = nn.Linear(20, 30), nn.Linear(30, 5)
+    model = nn.Sequential(body, nn.ReLU(), head)
+    first, second = SGD(head.parameters(), 0.1), SGD(body.parameters(), 0.1)
+    sparsifier = Dynamic(0.8, Regrowth(Gradient(), ConstantDrop(0.5, 1, 1.0)), Uniform())
+    sparsifier.attach(model, first, second, horizon=Horizon(steps=10))
+    model(torch.randn(8, 20)).square().mean().backward()
+    assert body.weight.grad is not None
+    before, gradient = sparsifier.masks["0.weight"], body.weight.grad.abs().clone()
+    sparsifier.update(0, first)
+    first.step()
+    sparsifier.apply()
+    sparsifier.update(1, second)
+    grown = sparsifier.masks["0.weight"] & ~before
+    assert grown.any()
+    assert gradient[grown].min() >= gradient[~before & ~grown].max()
+    assert not body.weight.grad[~sparsifier.masks["0.weight"]].any()
+
+
 def test_a_dropped_weight_that_is_grown_at_once_has_never_left() -> None:
     """By hand: of 4 kept weights two are dropped; one of them has the largest gradient and keeps value and momentum."""
     model = nn.Linear(8, 1, bias=False)

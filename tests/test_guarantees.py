@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.guarantees.columns import OURS
+from tests.guarantees.columns import OURS, SCALED
 from tests.guarantees.situations import SITUATIONS, verdict
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [*OURS, *SCALED])
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_guarantee(situation: str, name: str, tmp_path: Path) -> None:
     found, why = verdict(situation, name, tmp_path)

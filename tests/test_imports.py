@@ -52,7 +52,7 @@ ALLOWED = {
     "page": {"drawing", "files", "history", "report", "traces"},
     "difference": {"checkpoints", "errors", "masks", "report", "targets"},
     "models": {"errors", "models"}, "data": {"errors", "data"},
-    "scaling": {"compact", "errors", "masks", "shards"}, "callbacks": set(), "__main__": set(),
+    "scaling": {"compact", "errors", "masks", "ops", "shards"}, "callbacks": set(), "__main__": set(),
     "__init__": {"errors", "schedules", "sparsifier", "targets", "version"},
 }  # fmt: skip
 

@@ -119,7 +119,8 @@ def killed(column: Column, folder: Path) -> None:
 def command_line(column: Column, folder: Path) -> None:
     if not isinstance(column, Ours):
         raise NotHere("has no command line; its targets cannot be named in YAML")
-    method = [f"--sparsity={column.name}", f"--sparsity.sparsity={SPARSITY}"]
+    name, _, scaled = column.name.partition(", ")
+    method = [f"--sparsity={name}", f"--sparsity.sparsity={SPARSITY}", *(["--scaled=both"] if scaled else [])]
     if column.name == "ConstantMask":
         shapes = {"net.fc1.weight": (300, 64), "net.fc2.weight": (100, 300), "net.fc3.weight": (10, 100)}
         noun.save({name: torch.rand(shape) < 0.25 for name, shape in shapes.items()}, folder / "masks.safetensors")

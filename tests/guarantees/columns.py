@@ -220,6 +220,7 @@ OURS: dict[str, Callable[[], Sparsify]] = {
     "HyperSparse": lambda: HyperSparse(SPARSITY, Lasso(1e-6), Phases(0.0, 0.34, 0)),
     "IterativeMagnitude": lambda: IterativeMagnitude(SPARSITY, rate=0.5),
 }
+SCALED: dict[str, Callable[[], Sparsify]] = {"RigL, scaled": lambda: RigL(SPARSITY, often()).scaled()}
 PEERS: dict[str, Callable[[], Column]] = {
     "ModelPruning": LightningPruning, "torch.nn.utils.prune": TorchPrune, "torch.ao.pruning": AoPruning,
 }  # fmt: skip
@@ -227,7 +228,8 @@ PEERS: dict[str, Callable[[], Column]] = {
 
 def column(name: str) -> Column:
     """A fresh column by its name."""
-    return Ours(name, OURS[name]) if name in OURS else PEERS[name]()
+    ours = OURS | SCALED
+    return Ours(name, ours[name]) if name in ours else PEERS[name]()
 
 
 def kept(masks: Named) -> int:
