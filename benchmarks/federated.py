@@ -10,8 +10,8 @@ has the same clients, rounds and order of batches for its seed. A tenth of the t
 of these, every fifth round. The test set is read once, after the last round. Results are kept as they come; a call that
 is repeated runs what is missing.
 
-Rows with `scaled weights` begin with larger ones (`scaled("weights")`), those called `scaled` have learning rates by
-density, too (`scaled()`), so that a sparse layer learns as fast as a dense one. Those called `even` give all layers
+Rows with `scaled weights` begin with larger ones (`scaled("weights")`), those called `scaled` have learning rates to
+match, too (`scaled()`), so that a sparse layer learns as fast as a dense one. Those called `even` give all layers
 nearly the same density (`ScaledERK`, FedDST's) where the others have ERK.
 
 With few classes a client, accuracy goes up and down from round to round: `late` is the mean over the measurements of

@@ -59,7 +59,7 @@ class SparsityCLI(LightningCLI):
         parser.add_argument(
             "--scaled", type=Literal["both", "weights"] | None, default=None,
             help="for methods whose masks are random at first: weights to begin with, and learning rates, that make up "
-            "for the density of each layer; see sparsity.scaling",
+            "for what the masks take from each layer; see sparsity.scaling",
         )  # fmt: skip
         parser.add_argument(
             "--dry-run", "--dry_run", action="store_true",

@@ -46,7 +46,7 @@ class Sparsify(Callback):
         self._achieved = self._target = 0.0
 
     def scaled(self, what: str = "both") -> Self:
-        """The same method with first weights, and learning rates, that make up for the density of each layer.
+        """The same method with first weights, and learning rates, to match what the masks leave.
 
             Trainer(callbacks=[StaticMask(0.9).scaled()])
 

@@ -1,4 +1,4 @@
-"""Scaling: first weights and learning rates that make up for the density of each layer, and for where masks move."""
+"""Scaling: first weights and learning rates that make up for what masks take from each layer."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

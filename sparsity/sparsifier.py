@@ -81,7 +81,7 @@ class Sparsifier:
         return isinstance(self.score, Random) and type(self.schedule) is Constant
 
     def scaled(self, what: str = "both") -> Self:
-        """The same method with first weights, and learning rates, that make up for the density of each layer.
+        """The same method with first weights, and learning rates, to match what the masks leave.
 
         `what`: "both", or "weights" alone. See `Scaling`. Raises `InputError` for methods whose masks are not random at
         first.

@@ -1,4 +1,4 @@
-"""Scaled weights and rates in a federation: the same clients, at rates by density."""
+"""Scaled weights and rates in a federation: the same clients, at other rates."""
 
 from pathlib import Path
 from typing import Any
