@@ -88,6 +88,16 @@ def test_a_truncated_checkpoint_of_the_old_format_is_refused(path: Path, part: f
         read(path)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_file_that_ends_within_the_name_of_a_class_is_damaged(path: Path, whole: bool) -> None:
+    torch.save({"state_dict": {}, "more": Path("a")}, path, _use_new_zipfile_serialization=False)
+    found = path.read_bytes()
+    if not whole:
+        path.write_bytes(found[: found.index(b"pathlib") + 3])
+    with pytest.raises(InputError, match="holds pickled objects" if whole else DAMAGED.format(path)):
+        read(path)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_bytes_are_refused(path: Path, seed: int) -> None:
     path.write_bytes(random.Random(seed).randbytes(500))
