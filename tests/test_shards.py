@@ -25,6 +25,15 @@ def mesh() -> Iterator[Any]:
         dist.destroy_process_group()
 
 
+def train(model: nn.Module, sparsifier: Sparsifier, optimizer: torch.optim.Optimizer, step: int) -> None:
+    torch.manual_seed(step)
+    model(torch.randn(5, 12)).square().mean().backward()
+    sparsifier.update(step)
+    optimizer.step()
+    sparsifier.apply()
+    optimizer.zero_grad()
+
+
 def test_a_sharded_model_gets_the_masks_of_the_whole_one(mesh: Any) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -37,12 +46,7 @@ def test_a_sharded_model_gets_the_masks_of_the_whole_one(mesh: Any) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         sparsifier.attach(model, optimizer)
         for step in range(3):
-            torch.manual_seed(step)
-            model(torch.randn(5, 12)).square().mean().backward()
-            sparsifier.update(step)
-            optimizer.step()
-            sparsifier.apply()
-            optimizer.zero_grad()
+            train(model, sparsifier, optimizer, step)
             for name, weight in sparsifier.weights().items():
                 assert not shards.whole(weight.detach())[~sparsifier.masks[name]].any()
         assert not any(shards.is_spread(mask) for mask in sparsifier.masks.values())
@@ -62,12 +66,7 @@ def test_a_sharded_model_has_the_rates_of_the_whole_one(mesh: Any) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         sparsifier.attach(model, optimizer, horizon=Horizon(6, 3))
         for step in range(6):
-            torch.manual_seed(step)
-            model(torch.randn(5, 12)).square().mean().backward()
-            sparsifier.update(step)
-            optimizer.step()
-            sparsifier.apply()
-            optimizer.zero_grad()
+            train(model, sparsifier, optimizer, step)
         assert sparsifier.scaling is not None
         assert any(sparsifier.scaling.kept[name] > float(mask.double().mean()) + 0.05
                    for name, mask in sparsifier.masks.items())  # fmt: skip
