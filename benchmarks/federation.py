@@ -43,7 +43,8 @@ class Points(TensorDataset):
     """Indexed a whole batch at a time."""
 
     def __getitems__(self, places: list[int]) -> tuple[Tensor, Tensor]:
-        return self.tensors[0][places], self.tensors[1][places]
+        rows = torch.tensor(places)
+        return self.tensors[0][rows], self.tensors[1][rows]
 
 
 class Data(pl.LightningDataModule):

@@ -90,11 +90,14 @@ class Pulls:
     """What is added to the gradients of a client: towards the weights it began with, and against its drift."""
 
     def __init__(self, site: Site, task: Task, local: Local) -> None:
-        self.weights = [each for each in site.layout.tensors.values() if each.requires_grad]
-        names = [name for name, each in site.layout.tensors.items() if each.requires_grad]
+        self.weights, self.begun, self.drift = list[Tensor](), list[Tensor](), list[Tensor]()
         self.proximal = local.proximal
-        self.begun = self._of(site, names, task.values) if local.proximal else []
-        self.drift: list[Tensor] = []
+        if not local.proximal and task.controls is None:
+            return
+        names = [name for name, each in site.layout.tensors.items() if each.requires_grad]
+        self.weights = [site.layout.tensors[name] for name in names]
+        if local.proximal:
+            self.begun = self._of(site, names, task.values)
         if task.controls is not None:
             self.drift = self._of(site, names, within(task.controls[0] - task.controls[1], task.mask))
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sparsity.ops.sums import add_whole_
+
 UPPER, LOWER = 6, 46  # bits after the point of the upper part, and how many more the lower part has
 LARGEST = 2.0**37  # magnitude of one addend; a thousand of them fit
 EVERY = 64  # additions until the lower part is carried into the upper one
@@ -20,15 +22,10 @@ class Exact:
         self.upper = torch.zeros(size, dtype=torch.float64)
         self.lower = torch.zeros(size, dtype=torch.float64)
         self._added = 0
-        # Memory that is used again: new pages for each addend would take longer than adding it.
-        self._addend = torch.empty(size, dtype=torch.float64)
-        self._whole = torch.empty(size, dtype=torch.float64)
 
     def add(self, values: Tensor, times: int = 1) -> None:
         """Adds so many times the values, float of [size], all finite and that often below `LARGEST`."""
-        addend = self._addend.copy_(values).mul_(times * 2.0**UPPER)
-        self.upper += torch.round(addend, out=self._whole)
-        self.lower += addend.sub_(self._whole).mul_(2.0**LOWER).round_()
+        add_whole_(self.upper, self.lower, values, times * 2.0**UPPER, 2.0**LOWER)
         self._added += 1
         if self._added % EVERY == 0:
             self.carry()

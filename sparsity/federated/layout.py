@@ -32,7 +32,8 @@ class Layout:
         self.masked = sum(self.tensors[name].numel() for name in names)  # so many of the first have masks
         self.size = sum(self.sizes)
         self._all = [each.detach() for each in self.tensors.values()]
-        self._alike = all(each.dtype == self._all[0].dtype for each in self._all)
+        alike = all(each.dtype == self._all[0].dtype and each.is_contiguous() for each in self._all)
+        self._flat = [each.view(-1) for each in self._all] if alike else []
         self._written: tuple[Tensor, list[Tensor]] | None = None
         # Counters and double precision need a float64 for each; of all else a float32 loses nothing.
         narrow = all(each.is_floating_point() and each.dtype.itemsize <= 4 for each in self.tensors.values())
@@ -51,14 +52,12 @@ class Layout:
         """What all of it takes in the model's dtypes."""
         return sum(each.numel() * each.element_size() for each in self.tensors.values())
 
-    @torch.no_grad()
     def read(self) -> Tensor:
         """The model's state, of [size] on the CPU, in the layout's dtype."""
-        if self._alike:
-            return torch.cat([each.reshape(-1) for each in self._all]).cpu().to(self.dtype)
+        if self._flat:
+            return torch.cat(self._flat).cpu().to(self.dtype)
         return self.join(self.tensors)
 
-    @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Puts a state into the model, in place; integers are rounded."""
         if self._written is None or self._written[0] is not values:  # all clients of a round begin with the same

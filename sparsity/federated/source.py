@@ -56,11 +56,12 @@ class Source:
         Without one they are in their own order, and for a measurement.
         """
         training = generator is not None
-        order = indices[torch.randperm(len(indices), generator=generator)] if training else indices
-        for part in torch.split(order, self.batch_size):
+        order = (indices[torch.randperm(len(indices), generator=generator)] if training else indices).tolist()
+        for begin in range(0, len(order), self.batch_size):
+            part = order[begin : begin + self.batch_size]
             if training and self._whole and len(part) < self.batch_size <= len(order):
                 return
-            yield self._moved(self._collate(self._samples(part.tolist())), "training" if training else "validating")
+            yield self._moved(self._collate(self._samples(part)), "training" if training else "validating")
 
     def evaluation(self, stage: str) -> Iterator[Any]:
         """The batches of the "validation" or the "test" split."""

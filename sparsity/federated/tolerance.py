@@ -9,6 +9,7 @@ from sparsity.errors import InputError
 from sparsity.federated.exact import LARGEST
 from sparsity.federated.layout import Layout
 from sparsity.federated.server import Update
+from sparsity.ops.sums import look
 
 
 class Tolerance:
@@ -65,11 +66,11 @@ def refuse(update: Update, layout: Layout, more: dict[str, int], samples: int) -
     if {name: len(each) for name, each in vectors.items()} != expected:
         raise InputError(f"the update has { ({n: len(v) for n, v in vectors.items()}) }, expected {expected}")
     for name, vector in vectors.items():
-        largest = max(map(abs, map(float, vector.aminmax())))
+        largest, strays = look(vector, update.mask if name == "values" else update.mask[:0])
         if not math.isfinite(largest):
             bad = int((~torch.isfinite(vector)).count_nonzero())
             raise InputError(f"{bad} of {len(vector)} {name} are NaN or infinite")
         if largest * update.samples >= LARGEST:
             raise InputError(f"{name} go up to {largest:g}, which is beyond any model's")
-    if kept < layout.masked and int((update.values[: layout.masked] * ~update.mask).count_nonzero()):
-        raise InputError("the update has values where its mask prunes")
+        if strays:
+            raise InputError(f"the update has {strays} values where its mask prunes")

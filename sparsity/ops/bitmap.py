@@ -65,7 +65,7 @@ def _bitmap(x: Tensor, values: Tensor, bits: Tensor, starts: Tensor, bias: Tenso
 
         return kernels.linear(product.flattened(x), values, bits, starts, bias, width).view(*x.shape[:-1], out)
     with torch.autocast(x.device.type, enabled=False):
-        if not product.is_native(x, bits):
+        if not product.is_native("bitmap", x, bits):
             return F.linear(x, decompressed_bitmap(values, bits, starts, width), bias)
         flat = product.flattened(x)
         if len(flat) <= FEW and values.dtype != torch.float16:
@@ -84,7 +84,7 @@ def _bitmap_input(y: Tensor, values: Tensor, bits: Tensor, starts: Tensor, width
     """``y W`` for ``y [..., out]``: ``[..., width]``."""
     _check(values, bits, starts, None, y, width, len(values))
     with torch.autocast(y.device.type, enabled=False):
-        if not product.is_native(y, bits):
+        if not product.is_native("bitmap", y, bits):
             return y @ decompressed_bitmap(values, bits, starts, width)
         flat = product.flattened(y)
         x = product.wide(flat[:0]).new_zeros(len(flat), width)
@@ -100,7 +100,7 @@ def _bitmap_values(y: Tensor, x: Tensor, bits: Tensor, starts: Tensor, count: in
     _check(None, bits, starts, x, y, width, count)
     flat_y, flat_x = product.flattened(y), product.flattened(x)
     with torch.autocast(x.device.type, enabled=False):
-        if not product.is_native(x, bits):
+        if not product.is_native("bitmap", x, bits):
             return (flat_y.t() @ flat_x)[_mask(bits, width)]
         values = x.new_empty(count)
         for rows in _parts(len(starts) - 1, width):
@@ -171,5 +171,5 @@ def _parts(out: int, width: int) -> list[slice]:
 
 
 def _call(name: str, values: Tensor, bits: Tensor, starts: Tensor, width: int, *others: Tensor | int | None) -> None:
-    product.native_call(name, [values.contiguous(), values.element_size(), bits.contiguous(), starts.contiguous()],
-                [len(starts) - 1, width, *others])  # fmt: skip
+    first: list[Tensor | int] = [values.contiguous(), values.element_size(), bits.contiguous(), starts.contiguous()]
+    product.native_call("bitmap", name, first, [len(starts) - 1, width, *others])

@@ -113,7 +113,7 @@ def _activated(
 
         y = kernels.linear(product.flattened(x), values, columns, starts, bias, out, activation)
         return y.view(*x.shape[:-1], out)
-    if not product.is_native(x, values):
+    if not product.is_native("blocks", x, values):
         with torch.autocast(x.device.type, enabled=False):
             y = F.linear(x, decompressed_blocks(values, columns, starts, out, width), bias)
         return ACTIVATIONS[activation](y) if activation else y
@@ -134,7 +134,7 @@ def _blocks_input(y: Tensor, values: Tensor, columns: Tensor, starts: Tensor, wi
         from sparsity.ops.cuda import blocks as kernels
 
         return kernels.linear_input(product.flattened(y), values, columns, starts, width).view(*y.shape[:-1], width)
-    if not product.is_native(y, values):
+    if not product.is_native("blocks", y, values):
         with torch.autocast(y.device.type, enabled=False):
             return y @ decompressed_blocks(values, columns, starts, out, width)
     flat = product.wide(product.flattened(y))
@@ -154,7 +154,7 @@ def _blocks_values(y: Tensor, x: Tensor, columns: Tensor, starts: Tensor, side: 
         from sparsity.ops.cuda import blocks as kernels
 
         return kernels.linear_values(flat_y, flat_x, columns, starts, values)
-    if not product.is_native(x, values):
+    if not product.is_native("blocks", x, values):
         with torch.autocast(x.device.type, enabled=False):
             return _cut(flat_y.t() @ flat_x, side)[rows_of(values, starts), columns.long()]
     values = values.to(torch.promote_types(x.dtype, torch.float32))
@@ -229,5 +229,5 @@ def _check(
 def _call(
     name: str, values: Tensor, columns: Tensor, starts: Tensor, out: int, width: int, *others: Tensor | int | None
 ) -> None:
-    product.native_call(name, [values, values.element_size(), columns.contiguous(), starts.contiguous()],
-                [values.shape[-1], out, width, *others])  # fmt: skip
+    first: list[Tensor | int] = [values, values.element_size(), columns.contiguous(), starts.contiguous()]
+    product.native_call("blocks", name, first, [values.shape[-1], out, width, *others])

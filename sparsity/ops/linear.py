@@ -61,7 +61,7 @@ def _linear(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Te
     _check(values, columns, starts, x, None, x.shape[-1])
     if bias is not None and (bias.shape != (starts.shape[0] - 1,) or bias.dtype != x.dtype):
         raise ValueError(f"expected a bias of {starts.shape[0] - 1} {x.dtype}, got {tuple(bias.shape)} of {bias.dtype}")
-    if not product.is_native(x, values):
+    if not product.is_native("linear", x, values):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, decompressed(values, columns, starts, x.shape[-1]), bias)
     flat, bias = product.wide(product.flattened(x)), None if bias is None else product.wide(bias)
@@ -74,7 +74,7 @@ def _linear(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Te
 def _linear_input(y: Tensor, values: Tensor, columns: Tensor, starts: Tensor, width: int) -> Tensor:
     """``y W`` for ``y [..., out]``: ``[..., width]``."""
     _check(values, columns, starts, None, y, width)
-    if not product.is_native(y, values):
+    if not product.is_native("linear", y, values):
         with torch.autocast(y.device.type, enabled=False):
             return y @ decompressed(values, columns, starts, width)
     flat = product.wide(product.flattened(y))
@@ -88,7 +88,7 @@ def _linear_values(y: Tensor, x: Tensor, columns: Tensor, starts: Tensor) -> Ten
     """``y^T x`` at the kept places, for ``y [..., out]`` and ``x [..., in]``: in the order of the values."""
     _check(None, columns, starts, x, y, x.shape[-1])
     flat_y, flat_x = product.flattened(y), product.flattened(x)
-    if not product.is_native(x, columns):
+    if not product.is_native("linear", x, columns):
         with torch.autocast(x.device.type, enabled=False):
             return (flat_y.t() @ flat_x)[rows_of(columns, starts), columns.long()]
     flat_y, flat_x = product.wide(flat_y), product.wide(flat_x)
@@ -143,4 +143,4 @@ def check_places(columns: Tensor, starts: Tensor, width: int) -> None:
 def _call(name: str, values: Tensor, columns: Tensor, starts: Tensor, width: int, *others: Tensor | int | None) -> None:
     columns, starts = columns.contiguous(), starts.contiguous()
     first: list[Tensor | int] = [values, values.element_size(), columns, columns.element_size(), starts]
-    product.native_call(name, first, [starts.shape[0] - 1, width, *others])
+    product.native_call("linear", name, first, [starts.shape[0] - 1, width, *others])

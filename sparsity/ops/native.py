@@ -1,4 +1,4 @@
-"""Native: the C++ of this package, compiled for this machine at its first use.
+"""Native: the C++ of this package, each file of it compiled for this machine at its first use.
 
 Without a compiler, plain PyTorch does the same. `CXX` names another compiler, `SPARSITY_NATIVE=0` does without any.
 """
@@ -23,26 +23,26 @@ log = logging.getLogger(__name__)
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled library; None where there is none, of which one line of the log says why."""
+def library(source: str) -> ctypes.CDLL | None:
+    """The library of this file, such as "linear"; None where there is none, of which one line of the log says why."""
     if os.environ.get("SPARSITY_NATIVE") == "0":
-        log.info("SPARSITY_NATIVE=0: operations run in plain PyTorch")
+        log.info("SPARSITY_NATIVE=0: %s runs in plain PyTorch", source)
         return None
     try:
-        return ctypes.CDLL(str(_compiled()))
+        return ctypes.CDLL(str(_compiled(source)))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        log.info("no C++ could be compiled, so operations run in plain PyTorch, which is slower: %s", error)
+        log.info("no C++ could be compiled: %s runs in plain PyTorch, which is slower: %s", source, error)
         return None
 
 
-def _compiled() -> Path:
+def _compiled(source: str) -> Path:
     """The library's file in the user's cache: made where it is not there yet, in one piece."""
     found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if not found:
         raise OSError("no compiler was found (c++, g++, clang++; CXX names another)")
     compiler = shlex.split(found)
-    sources = sorted(SOURCES.glob("*.cpp"))
-    parts = [source.read_bytes() for source in [*sources, *sorted(SOURCES.glob("*.h"))]]
+    code = SOURCES / f"{source}.cpp"
+    parts = [part.read_bytes() for part in [code, *sorted(SOURCES.glob("*.h"))]]
     name = hashlib.sha256(b"\0".join([*parts, _made_for(compiler)])).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-sparsity"
     target = folder / f"{name[:32]}.so"
@@ -50,7 +50,7 @@ def _compiled() -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made = Path(place) / target.name
-            command = [*compiler, *FLAGS, *map(str, sources), "-o", str(made)]
+            command = [*compiler, *FLAGS, str(code), "-o", str(made)]
             if subprocess.run([*command, THREADED], capture_output=True).returncode:
                 subprocess.run(command, capture_output=True, check=True)
             made.replace(target)

@@ -144,11 +144,11 @@ def once(look: Callable[[], None], places: Tensor, starts: Tensor, *sizes: int) 
         _SEEN.keep(places, starts, *sizes, found=True)
 
 
-def is_native(x: Tensor, kept: Tensor) -> bool:
-    """Whether a product of these runs in C++."""
+def is_native(source: str, x: Tensor, kept: Tensor) -> bool:
+    """Whether a product of these runs in C++, of this file."""
     batch = x.numel() // max(1, x.shape[-1])
     small = batch * kept.numel() < WORK or batch == 0
-    return x.is_cpu and not small and native.library() is not None
+    return x.is_cpu and not small and native.library(source) is not None
 
 
 def flattened(tensor: Tensor) -> Tensor:
@@ -170,11 +170,11 @@ def shaped(result: Tensor, like: Tensor) -> Tensor:
     return result.view(*like.shape[:-1], result.shape[1]).to(like.dtype)
 
 
-def native_call(name: str, first: list[Tensor | int], sizes: list[Tensor | int | None]) -> None:
-    """The C++ function of this name: tensors by their memory, numbers as int and, of `sizes`, int64; then threads."""
+def native_call(source: str, name: str, first: list[Tensor | int], sizes: list[Tensor | int | None]) -> None:
+    """A C++ function of this file: tensors by their memory, numbers as int and, of `sizes`, int64; then threads."""
     given = [each if isinstance(each, int) else _at(each) for each in first]
     rest = [c_int64(each) if isinstance(each, int) else None if each is None else _at(each) for each in sizes]
-    if getattr(native.library(), name)(*given, *rest, torch.get_num_threads()):
+    if getattr(native.library(source), name)(*given, *rest, torch.get_num_threads()):
         raise MemoryError(f"there is no memory for the batch of {name}: take a smaller one")
 
 

@@ -114,7 +114,7 @@ def _histogram(tensor: Tensor, dtype: torch.dtype, shift: int, prefix: int | Non
 
         return kernels.histogram(values, shift, prefix)
     histogram = torch.zeros(1 << DIGIT, dtype=torch.int64, device=tensor.device)
-    if values.is_cpu and values.numel() >= LARGE and (library := native.library()) is not None:
+    if values.is_cpu and values.numel() >= LARGE and (library := native.library("select")) is not None:
         values = values.contiguous()
         failed = library.sparsity_histogram(
             c_void_p(values.data_ptr()), c_int64(values.numel()), values.element_size(), shift, prefix is None,

@@ -149,6 +149,21 @@ def test_learned_weights_go_where_the_servers_samples_are() -> None:
     torch.testing.assert_close(untouched, 0.25 * target / 2 - 0.75 * target)
 
 
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_a_layout_reads_and_writes_weights_however_they_lie(format: torch.memory_format) -> None:
+    net = nn.Conv2d(3, 4, 3, bias=False)
+    net.weight.data = net.weight.data.contiguous(memory_format=format)
+    shape = Layout(net, ["weight"])
+    expected = torch.tensor(net.weight.detach().flatten().tolist())
+    assert torch.equal(shape.read(), expected)
+    assert not shape.read().requires_grad
+    shape.write(expected + 1)
+    assert torch.equal(shape.read(), expected + 1)
+    assert net.weight.is_contiguous(memory_format=format)
+    assert net.weight.requires_grad
+    assert torch.equal(net.weight.flatten(), expected + 1)
+
+
 def test_a_layout_has_tied_weights_once_and_buffers() -> None:
     net = model()
     shape = Layout(net, ["first.weight", "middle.weight"])

@@ -40,30 +40,30 @@ def test_without_it_plain_torch_does_the_same(
 ) -> None:
     monkeypatch.setenv(name, value)
     with caplog.at_level(logging.INFO):
-        assert native.library() is None
+        assert native.library("linear") is None
         works(monkeypatch)
-    assert [says in each.message for each in caplog.records] == [True], "one line says why"
+    assert [says in each.message for each in caplog.records] == [True, True], "a line of each file says why"
 
 
 def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if native.library() is None:
+    if native.library("linear") is None:
         pytest.skip("no C++ compiler")
     native.library.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     works(monkeypatch)
-    [made] = (tmp_path / "lightning-sparsity").iterdir()
-    stamp = made.stat().st_mtime_ns
-    code = "from sparsity.ops import native; assert native.library() is not None"
+    made = {each: each.stat().st_mtime_ns for each in (tmp_path / "lightning-sparsity").iterdir()}
+    assert len(made) == 2, "one of each file that was used"
+    code = "from sparsity.ops import native; assert native.library('linear') and native.library('select')"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
-    assert [each.stat().st_mtime_ns for each in (tmp_path / "lightning-sparsity").iterdir()] == [stamp]
+    assert {each: each.stat().st_mtime_ns for each in (tmp_path / "lightning-sparsity").iterdir()} == made
 
 
 def test_what_is_damaged_is_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if native.library() is None:
+    if native.library("linear") is None:
         pytest.skip("no C++ compiler")
-    made = native._compiled()
+    made = native._compiled("linear")
     native.library.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "lightning-sparsity").mkdir()

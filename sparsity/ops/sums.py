@@ -1,0 +1,56 @@
+"""Sums of vectors in whole numbers, and what has to be known of a vector before it is added."""
+
+from ctypes import CDLL, byref, c_double, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from sparsity.ops import native
+
+LEAST = 1 << 12  # elements that C++ is compiled for
+CHUNK = 1 << 14  # elements added together in plain PyTorch: they stay in the cache
+
+
+def add_whole_(upper: Tensor, lower: Tensor, values: Tensor, scale: float, parts: float) -> None:
+    """Adds round(values * scale) to `upper`, and round((values * scale - that) * parts) to `lower`, in place.
+
+    All are vectors of one size on the CPU, the sums of float64, the values of any floating dtype. Halves are rounded to
+    even numbers. C++ and plain PyTorch come to the same bits.
+    """
+    if (library := _library(values)) is not None:
+        library.sparsity_sums_add(
+            _at(upper), _at(lower), _at(values), values.element_size(), c_int64(len(values)), c_double(scale),
+            c_double(parts),
+        )  # fmt: skip
+        return
+    for high, low, part in zip(*(torch.split(each, CHUNK) for each in (upper, lower, values)), strict=True):
+        addend = part.double() * scale
+        whole = addend.round()
+        high += whole
+        low += addend.sub_(whole).mul_(parts).round_()
+
+
+def look(values: Tensor, mask: Tensor) -> tuple[float, int]:
+    """The largest magnitude of a vector, and how many of its first values are not zero where this mask of them is.
+
+    The magnitude is NaN, or infinite, where any value is.
+    """
+    if (library := _library(values, mask)) is not None:
+        most, strays = c_double(), c_int64()
+        library.sparsity_sums_look(
+            _at(values), values.element_size(), c_int64(len(values)), _at(mask), c_int64(len(mask)), byref(most),
+            byref(strays),
+        )  # fmt: skip
+        return most.value, strays.value
+    largest = float(values.abs().max()) if len(values) else 0.0
+    return largest, int(((values[: len(mask)] != 0) & ~mask).count_nonzero())
+
+
+def _library(values: Tensor, *others: Tensor) -> CDLL | None:
+    fits = values.dtype in (torch.float32, torch.float64) and len(values) >= LEAST
+    plain = all(each.is_cpu and each.is_contiguous() for each in (values, *others))
+    return native.library("sums") if fits and plain else None
+
+
+def _at(tensor: Tensor) -> c_void_p:
+    return c_void_p(tensor.data_ptr())
