@@ -60,17 +60,19 @@ def refuse(update: Update, layout: Layout, more: dict[str, int], samples: int) -
     vectors = {"values": update.values, **update.more}
     if update.samples != samples:
         raise InputError(f"the update is of {update.samples} samples, its client has {samples}")
-    kept = int(update.mask.count_nonzero())  # counting takes a CPU less time than asking whether there are any
-    if update.mask.dtype != torch.bool or len(update.mask) != layout.masked or not kept:
-        raise InputError(f"the update keeps {kept} of {len(update.mask)} weights")
+    if update.mask.dtype != torch.bool or len(update.mask) != layout.masked:
+        got = f"{len(update.mask)} {update.mask.dtype}"
+        raise InputError(f"the update's mask is of {got}, expected {layout.masked} bools")
     if {name: len(each) for name, each in vectors.items()} != expected:
         raise InputError(f"the update has { ({n: len(v) for n, v in vectors.items()}) }, expected {expected}")
     for name, vector in vectors.items():
-        largest, strays = look(vector, update.mask if name == "values" else update.mask[:0])
+        largest, kept, strays = look(vector, update.mask if name == "values" else update.mask[:0])
         if not math.isfinite(largest):
             bad = int((~torch.isfinite(vector)).count_nonzero())
             raise InputError(f"{bad} of {len(vector)} {name} are NaN or infinite")
         if largest * update.samples >= LARGEST:
             raise InputError(f"{name} go up to {largest:g}, which is beyond any model's")
+        if name == "values" and layout.masked and not kept:
+            raise InputError(f"the update keeps 0 of {layout.masked} weights")
         if strays:
             raise InputError(f"the update has {strays} values where its mask prunes")

@@ -1,6 +1,7 @@
 """Sums of vectors in whole numbers, and what has to be known of a vector before it is added."""
 
 from ctypes import CDLL, byref, c_double, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,20 +31,28 @@ def add_whole_(upper: Tensor, lower: Tensor, values: Tensor, scale: float, parts
         low += addend.sub_(whole).mul_(parts).round_()
 
 
-def look(values: Tensor, mask: Tensor) -> tuple[float, int]:
-    """The largest magnitude of a vector, and how many of its first values are not zero where this mask of them is.
+class Look(NamedTuple):
+    """largest: the largest magnitude; NaN, or infinite, where any value is. kept: how many values the mask keeps.
 
-    The magnitude is NaN, or infinite, where any value is.
+    strays: how many it does not keep that are not zero.
     """
+
+    largest: float
+    kept: int
+    strays: int
+
+
+def look(values: Tensor, mask: Tensor) -> Look:
+    """What there is to say of a vector, for the first values of which there is a mask."""
     if (library := _library(values, mask)) is not None:
-        most, strays = c_double(), c_int64()
+        most, counts = c_double(), (c_int64 * 2)()
         library.sparsity_sums_look(
             _at(values), values.element_size(), c_int64(len(values)), _at(mask), c_int64(len(mask)), byref(most),
-            byref(strays),
+            byref(counts),
         )  # fmt: skip
-        return most.value, strays.value
+        return Look(most.value, counts[0], counts[1])
     largest = float(values.abs().max()) if len(values) else 0.0
-    return largest, int(((values[: len(mask)] != 0) & ~mask).count_nonzero())
+    return Look(largest, int(mask.count_nonzero()), int(((values[: len(mask)] != 0) & ~mask).count_nonzero()))
 
 
 def _library(values: Tensor, *others: Tensor) -> CDLL | None:

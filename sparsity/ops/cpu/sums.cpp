@@ -40,10 +40,14 @@ double largest(const Real* values, int64_t size) {
 }
 
 template <class Real>
-int64_t outside(const Real* values, const uint8_t* mask, int64_t size) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < size; ++i) count += (values[i] != 0) & (mask[i] == 0);
-    return count;
+void count(const Real* values, const uint8_t* mask, int64_t size, int64_t* found) {
+    int64_t kept = 0, strays = 0;
+    for (int64_t i = 0; i < size; ++i) {
+        kept += mask[i] != 0;
+        strays += (values[i] != 0) & (mask[i] == 0);
+    }
+    found[0] = kept;
+    found[1] = strays;
 }
 
 }  // namespace
@@ -60,17 +64,17 @@ void sparsity_sums_add(double* upper, double* lower, const void* values, int wid
     }
 }
 
-// The largest magnitude, and how many values are not zero where the mask is.
+// The largest magnitude, how many values the mask keeps, and how many it does not that are not zero.
 void sparsity_sums_look(const void* values, int width, int64_t size, const uint8_t* mask, int64_t masked,
-                        double* most, int64_t* strays) {
+                        double* most, int64_t* found) {
     if (width == 4) {
         const float* given = static_cast<const float*>(values);
         *most = largest<float, uint32_t>(given, size);
-        *strays = outside(given, mask, masked);
+        count(given, mask, masked, found);
     } else {
         const double* given = static_cast<const double*>(values);
         *most = largest<double, uint64_t>(given, size);
-        *strays = outside(given, mask, masked);
+        count(given, mask, masked, found);
     }
 }
 
