@@ -3,7 +3,8 @@
     python -m benchmarks.federated mnist --data data/mnist
     python -m benchmarks.federated mnist_long --data data/mnist    # 150 rounds instead of 60
     python -m benchmarks.federated cifar10 --data data/cifar10
-    python -m benchmarks.federated cifar10_fast --data data/cifar10    # at a rate of 0.02 instead of 0.01
+    python -m benchmarks.federated cifar10_fast --data data/cifar10       # at a rate of 0.02 instead of 0.01
+    python -m benchmarks.federated cifar10_falling --data data/cifar10    # at one that falls from 0.02 to 0
 
 100 clients, 10 of them in a round, two epochs each, plain averages; networks and other settings are those of FedDST's
 code, whose clients train five epochs in 400 rounds. Masks move every fifth round, in the first two thirds. Every run
@@ -58,6 +59,7 @@ class Setting(NamedTuple):
     images: Callable[[str | None], Images]
     rounds: int
     rate: float
+    falls: bool = False  # to zero with the last round, along half a cosine
 
 
 SETTINGS = {
@@ -65,6 +67,7 @@ SETTINGS = {
     "mnist_long": Setting(models.FedMNISTNet, lambda folder: data.MNIST(folder, 50), 150, 0.01),
     "cifar10": Setting(models.FedCIFARNet, lambda folder: data.CIFAR10(folder, 50, augment=False), 100, 0.01),
     "cifar10_fast": Setting(models.FedCIFARNet, lambda folder: data.CIFAR10(folder, 50, augment=False), 100, 0.02),
+    "cifar10_falling": Setting(models.FedCIFARNet, lambda f: data.CIFAR10(f, 50, augment=False), 100, 0.02, True),
 }
 PARTITIONS: dict[str, Callable[[], Partition]] = {
     "two classes": lambda: Pathological(2),
@@ -140,12 +143,15 @@ DRAWN = (  # as many lines as can be told apart
 class Trained(models.Classifier):
     """SGD with momentum, as in FedDST's code."""
 
-    def __init__(self, net: nn.Module, rate: float) -> None:
-        super().__init__(net)
-        self.rate = rate
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting.network())
+        self.setting = setting
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), self.rate, momentum=0.9, weight_decay=1e-3)
+        optimizer = torch.optim.SGD(self.parameters(), self.setting.rate, momentum=0.9, weight_decay=1e-3)
+        if not self.setting.falls:
+            return optimizer
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.setting.rounds)]
 
 
 Case = tuple[str, str, float, int]  # partition, method, sparsity, seed
@@ -160,9 +166,8 @@ def run(name: str, case: Case, folder: str | None) -> dict[str, Any]:
     setting, (split, method, sparsity, seed) = SETTINGS[name], case
     pl.seed_everything(seed, verbose=False)
     make, protocol = METHODS[method]
-    net = setting.network()
     outcome = simulate(
-        Trained(net, setting.rate), setting.images(folder),
+        Trained(setting), setting.images(folder),
         make(sparsity), Federation(100, 10, setting.rounds, PARTITIONS[split]()), protocol,
         Running(evaluate_every=EVERY), seed=seed,
     )  # fmt: skip

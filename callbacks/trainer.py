@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelSummary, ProgressBar
+from pytorch_lightning.cli import SaveConfigCallback
 from rich.console import Console
 from torch import nn
 
@@ -17,6 +19,7 @@ from sparsity import InputError, Sparsifier, advice, checkpoints, export, masks
 from sparsity.distributions import Uniform
 from sparsity.federated import Federation, Protocol, Running, partition, simulation
 from sparsity.federated import report as federated
+from sparsity.federated.source import samples_of
 from sparsity.files import written
 from sparsity.patterns import NM
 from sparsity.report import finite
@@ -167,7 +170,7 @@ class SparseTrainer(Trainer):
             name = type(method).__name__ if method else "dense"
             federated.figure({name: outcome.rows}).savefig(folder / "accuracy.png", dpi=110)
             if federation.partition.needs_labels:
-                labels = partition.labels_of(datamodule.train_dataloader().dataset)
+                labels = partition.labels_of(samples_of(datamodule.train_dataloader()))
                 partition.figure(outcome.parts, labels).savefig(folder / "holdings.png", dpi=110)
         batch = next(iter(datamodule.train_dataloader()))
         batch = datamodule.on_after_batch_transfer(datamodule.on_before_batch_transfer(batch, 0), 0)
@@ -184,9 +187,19 @@ class SparseTrainer(Trainer):
             )
         if self.gradient_clip_val is not None:
             raise InputError("clients clip by protocol.local.clip: set that, not trainer.gradient_clip_val")
+        if self.num_devices * self.num_nodes != 1:
+            raise InputError("a federation runs in processes of its own: set workers, not trainer.devices or num_nodes")
+        harmless = (ProgressBar, ModelSummary, Checkpoint, LearningRateMonitor, SaveConfigCallback)
+        given = self.callbacks  # type: ignore[attr-defined]  # set by a connector
+        foreign = (each for each in given if not type(each).__module__.startswith(f"{__package__}."))
+        others = [type(each).__name__ for each in foreign if not isinstance(each, harmless)]
+        if others:
+            raise InputError(
+                f"no trainer trains the clients, so nothing would call {', '.join(others)}: leave them out"
+            )
         lightnings = {
             "max_epochs": 1000, "max_steps": -1, "limit_train_batches": 1.0, "limit_val_batches": 1.0,
-            "limit_test_batches": 1.0,
+            "limit_test_batches": 1.0, "overfit_batches": 0.0,
         }  # fmt: skip
         limits = [name for name, own in lightnings.items() if getattr(self, name) not in (None, own)]
         if limits:

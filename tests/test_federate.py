@@ -132,6 +132,10 @@ def test_keys_can_be_overridden(change: list[str], tmp_path: Path) -> None:
     (["--resume=nowhere"], "there is no federation.ckpt in 'nowhere'"),
     (["--protocol.server=SCAFFOLD"], "has to be SGD without momentum"),
     (["--trainer.max_epochs=3", "--trainer.limit_val_batches=2"], "trainer.max_epochs=3, trainer.limit_val_batches=2"),
+    (["--trainer.overfit_batches=1"], "leave out trainer.overfit_batches=1"),
+    (["--trainer.accelerator=cpu", "--trainer.devices=2"], "set workers, not trainer.devices"),
+    (["--trainer.max_time=00:00:00:09"], "nothing would call Timer"),
+    (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/acc"], "nothing would call EarlyStopping"),
 ])  # fmt: skip
 def test_bad_input_ends_with_a_plain_message(
     change: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -39,7 +39,7 @@ ALLOWED = {
     "importance": {"distributions", "dynamic", "errors", "masks", "ops", "schedules", "scores", "targets"},
     "sensitivity": {"distributions", "dynamic", "errors", "redistribution", "schedules", "scores", "targets"},
     "federated": {"congruent", "constant", "distributions", "dynamic", "errors", "federated", "importance",
-                  "files", "masks", "ops", "report", "schedules", "scores", "sensitivity", "sparsifier"},
+                  "files", "masks", "ops", "report", "schedules", "scores", "sensitivity", "sparsifier", "targets"},
     "companion": {"errors"},
     "supermask": {"companion", "distributions", "errors", "learned", "masks", "ops", "schedules", "scores", "shards",
                   "targets"},

@@ -81,6 +81,7 @@ class Coordinator:
             "seed": self.seed, "clients": self.federation.clients, "per_round": self.federation.per_round,
             "rounds": self.federation.rounds, "partition": fingerprint(self.trained), "precision": protocol.precision,
             "model": {name: list(each.shape) for name, each in layout.tensors.items()},
+            "order": list(layout.tensors), "masked": layout.masked, "batch_size": self.source.batch_size,
             "method": type(sparsifier).__name__, "sparsity": sparsifier.sparsity if sparsifier else 0.0,
             "plan": [[step, level] for step, level in self.plan.items()],
             "optimizer": {"class": type(self.site.optimizer).__name__, **_numbers(self.site.optimizer.defaults)},
@@ -240,10 +241,15 @@ def blank(client: int, sent: Messages) -> Row:
 
 
 def _check_first(notes: list[Row]) -> None:
-    """Raises `InputError` where every client has failed for one reason: the code, rather than a client, is wrong."""
-    reasons = {note["failure"] for note in notes}
-    if len(notes) > 1 and len(reasons) == 1 and None not in reasons and not next(iter(reasons)).startswith("Dropped"):
-        raise InputError(f"all {len(notes)} clients of the first round failed: {reasons.pop()}")
+    """Raises `InputError` where every client has failed in the same way: the code, rather than a client, is wrong.
+
+    A single client that was dropped, was too slow, or sent what is refused, may just have had bad luck.
+    """
+    reasons = [note["failure"] or "" for note in notes]
+    kinds = {reason.partition(":")[0] for reason in reasons}
+    fortune = {"", "Dropped", "Straggler"} | ({"InputError"} if len(notes) == 1 else set())
+    if len(kinds) == 1 and not kinds & fortune:
+        raise InputError(f"all {len(notes)} clients of the first round failed: {reasons[0]}")
 
 
 def _row(number: int, notes: list[Row], after: State, sums: Sums, dense: int) -> Row:

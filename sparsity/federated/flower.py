@@ -4,6 +4,7 @@ Needs the `federated` extra. Flower reports usage to its makers unless `FLWR_TEL
 unless that variable says otherwise.
 """
 
+import hashlib
 import os
 import time
 import uuid
@@ -160,16 +161,24 @@ class FlowerEngine:
         start, server = time.perf_counter(), self.server
         server.site.reach(server.number)
         sums, kept, notes, tasks = server.sums(), {}, {}, {}
-        messages = []
+        messages, asked = [], {}
+        self._find(server.chosen())
         for client in server.chosen():
             sent, tasks[client] = server.outgoing(client)
             notes[client] = blank(client, sent) | {"failure": "Dropped: did not answer"}
-            if not server.protocol.tolerance.drops(server.seed_of(client)):
-                content = RecordDict({SECTION: _written(sent, tasks[client], server.seed_of(client))})
-                messages.append(Message(content, self._node(client), "train", group_id=str(server.number)))
-        clients = {node: client for client, node in self._nodes.items()}
+            node = self._nodes.get(client)
+            if node is not None and not server.protocol.tolerance.drops(server.seed_of(client)):
+                asked[node] = client
+                control = server.state.controls.get(client)
+                content = RecordDict({SECTION: _written(sent, tasks[client], server.seed_of(client), control)})
+                messages.append(Message(content, node, "train", group_id=str(server.number)))
         for reply in self.grid.send_and_receive(messages, timeout=server.protocol.tolerance.timeout):
-            client = clients[reply.metadata.src_node_id]
+            node = reply.metadata.src_node_id
+            if node not in asked:
+                continue
+            client = asked.pop(node)
+            if reply.has_error():  # the node may be gone, and its client come back as another one
+                del self._nodes[client]
             update = self._read(client, reply, tasks[client], notes[client])
             if update is not None:
                 sums.add(update)
@@ -195,21 +204,24 @@ class FlowerEngine:
             note["failure"] = f"{type(error).__name__}: {error}"
             return None
 
-    def _node(self, client: int) -> int:
-        """The node of a client; nodes have random numbers, so they are asked which client they are."""
-        clients = self.server.federation.clients
-        while client not in self._nodes:
+    def _find(self, clients: list[int]) -> None:
+        """Asks nodes, which have random numbers, which client each of them is; in the beginning waits for all."""
+        if all(client in self._nodes for client in clients):
+            return
+        beginning, total = not self._nodes, self.server.federation.clients
+        nodes = list(self.grid.get_node_ids())
+        while beginning and len(nodes) < total:
+            time.sleep(0.2)
             nodes = list(self.grid.get_node_ids())
-            if len(nodes) < clients:
-                time.sleep(0.2)
-                continue
-            asked = [Message(RecordDict(), node, "query") for node in nodes]
-            for reply in self.grid.send_and_receive(asked):
-                if not reply.has_error():
-                    self._nodes[int(reply.content[SECTION]["client"])] = reply.metadata.src_node_id
-            if client not in self._nodes:
-                raise InputError(f"of {len(nodes)} nodes none is client {client}: start one for each of {clients}")
-        return self._nodes[client]
+        known = set(self._nodes.values())
+        asked = [Message(RecordDict(), node, "query") for node in nodes if node not in known]
+        patience = None if beginning else self.server.protocol.tolerance.timeout
+        for reply in self.grid.send_and_receive(asked, timeout=patience):
+            if not reply.has_error():
+                self._nodes[int(reply.content[SECTION]["client"])] = reply.metadata.src_node_id
+        missing = [client for client in clients if client not in self._nodes]
+        if beginning and missing:
+            raise InputError(f"of {len(nodes)} nodes none is client {missing[0]}: start one for each of {total}")
 
 
 class _Given:
@@ -234,8 +246,31 @@ def _indices(server: Coordinator, client: int) -> Tensor:
     return indices
 
 
-def _written(messages: list[bytes], task: Task, seed: int) -> ConfigRecord:
-    return ConfigRecord({"messages": messages, "round": task.number, "moves": task.moves, "seed": seed})
+def _written(messages: list[bytes], task: Task, seed: int, control: Tensor | None = None) -> ConfigRecord:
+    """What a client is sent; of its own control, which only it and the server have, the mark of the one that counts."""
+    mark = b"" if control is None else _mark(control)
+    found = {"messages": messages, "round": task.number, "moves": task.moves, "seed": seed, "control": mark}
+    return ConfigRecord(found)
+
+
+def _mark(control: Tensor) -> bytes:
+    return hashlib.sha256(_bytes(control)).digest()[:16]
+
+
+def _bytes(control: Tensor) -> bytes:
+    found: bytes = control.float().numpy().tobytes()
+    return found
+
+
+def _control(mine: ConfigRecord, mark: bytes, size: int) -> Tensor:
+    """A client's own control: the last one, or where the server has not counted that, the one before."""
+    if not mark:
+        return torch.zeros(size, dtype=torch.float64)
+    for name in {"control", "before"} & set(mine):
+        found = torch.frombuffer(bytearray(mine[name]), dtype=torch.float32)
+        if _mark(found) == mark:
+            return found
+    raise InputError("this client's control is not the one that the server has counted: was its state lost?")
 
 
 def _train(plan: Plan, sent: ConfigRecord, context: Context) -> ConfigRecord:
@@ -245,11 +280,12 @@ def _train(plan: Plan, sent: ConfigRecord, context: Context) -> ConfigRecord:
         indices = _indices(server, _client(context))
         layout, wire = server.site.layout, server.wire
         zeros = torch.zeros(layout.size, dtype=torch.float64)
-        own = torch.frombuffer(bytearray(mine["control"]), dtype=torch.float32) if "control" in mine else zeros
+        own = _control(mine, sent["control"], layout.size)
         known = torch.frombuffer(bytearray(mine["mask"]), dtype=torch.bool) if "mask" in mine else None
         controls = (zeros, own) if plan.protocol.server.controls else None
         like = Task(zeros, torch.zeros(layout.masked).bool(), sent["round"], sent["moves"], None, controls)
         task = wire.receive(list(sent["messages"]), like, known)
+        before = own
         if task.controls is not None:
             own = within(own, task.mask)
             task.controls = task.controls[0], own
@@ -258,7 +294,7 @@ def _train(plan: Plan, sent: ConfigRecord, context: Context) -> ConfigRecord:
         local, tolerance = plan.protocol.local, plan.protocol.tolerance
         update = client_update(server.site, task, server.source, indices, sent["seed"], local, tolerance.timeout)
         if controls is not None:
-            mine["control"] = (own + update.more["controls"].float()).float().numpy().tobytes()
+            mine["before"], mine["control"] = _bytes(before), _bytes(own + update.more["controls"].float())
         return ConfigRecord({"messages": wire.answer(update, task), "failure": ""})
     except Exception as error:  # it is the server's to say what becomes of the round
         return ConfigRecord({"messages": [], "failure": f"{type(error).__name__}: {error}"})

@@ -1,13 +1,16 @@
 """Layout: a model's state as one vector, the weights that have masks first."""
 
+import itertools
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from sparsity.errors import InputError
+from sparsity.targets import clean
 
 Tensors = dict[str, Tensor]
+CONSTANT = 2.0**20  # the largest magnitude that a buffer begins with
 
 
 class Layout:
@@ -15,15 +18,20 @@ class Layout:
 
     `targets` are the names of the weights that have masks; the rest are all other parameters and the buffers that the
     model's `state_dict` has. A parameter that has two names is shared once, under its first. Buffers that are not
-    finite to begin with, such as causal masks, stay where they are.
+    finite to begin with, or beyond `CONSTANT`, such as causal masks, stay where they are.
+
+    Raises `InputError` for complex numbers, and where there is nothing to share.
     """
 
     def __init__(self, model: nn.Module, targets: Iterable[str]) -> None:
         saved = model.state_dict(keep_vars=True).keys()
-        found: Tensors = dict(model.named_parameters())
-        found |= {n: b for n, b in model.named_buffers() if n in saved and bool(torch.isfinite(b).all())}
+        found: Tensors = {clean(name): each for name, each in model.named_parameters()}
+        found |= {clean(n): buffer for n, buffer in model.named_buffers() if n in saved and not _constant(buffer)}
         if not found:
             raise InputError("the model has no parameters and no buffers: there is nothing to share")
+        strange = [name for name, each in found.items() if each.is_complex()]
+        if strange:
+            raise InputError(f"{strange} are complex, which clients cannot send: keep their parts as two real tensors")
         names = list(targets)
         self.tensors: Tensors = {**{name: found[name] for name in names}}
         self.tensors |= {name: each for name, each in found.items() if name not in self.tensors}
@@ -64,6 +72,11 @@ class Layout:
             self._written = values, list(self.split(values).values())
         torch._foreach_copy_(self._all, self._written[1])
 
+    def name_at(self, place: int) -> str:
+        """The tensor that has this place of the vector."""
+        ends = itertools.accumulate(self.sizes)
+        return next(name for name, end in zip(self.tensors, ends, strict=True) if place < end)
+
     def join(self, tensors: Tensors) -> Tensor:
         """Tensors by name as one vector on the CPU; in the layout's order, and only those that it has."""
         parts = [tensors[name].detach().reshape(-1).cpu().to(self.dtype) for name in self.tensors if name in tensors]
@@ -90,6 +103,11 @@ class Layout:
         names = [name for name in self.tensors if name in self.targets]
         parts = torch.split(vector, [self.tensors[name].numel() for name in names])
         return {name: part.view(self.tensors[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
+def _constant(buffer: Tensor) -> bool:
+    """Whether a buffer's values are none that anything is counted or averaged in."""
+    return buffer.is_floating_point() and not bool((buffer.abs() <= CONSTANT).all())  # NaN compares as False
 
 
 def _as(part: Tensor, like: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
+from torch.utils.data import Subset
 
 from sparsity.errors import InputError
 
@@ -152,7 +153,7 @@ class ById(Partition):
     """
 
     def __init__(self, ids: Sequence[Any]) -> None:
-        self.ids = list(ids)
+        self.ids = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
 
     def draw(self, labels: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
         names = sorted(set(self.ids))
@@ -189,13 +190,31 @@ class OwnData(Partition):
 
 
 def labels_of(dataset: Any) -> Tensor:
-    """The label of each sample of a map-style dataset, int64: its `labels` or `targets`, or else read one by one."""
+    """The label of each sample of a map-style dataset, int64: its `labels` or `targets`, or else read one by one.
+
+    Raises `InputError` where they are not one whole number for each sample.
+    """
+    if isinstance(dataset, Subset):
+        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices, dtype=torch.int64)]
     for name in ("labels", "targets"):
         found = getattr(dataset, name, None)
         if found is not None and len(found) == len(dataset):
-            return torch.as_tensor(found).long()
+            return _whole(found)
     read = (dataset[place][1] for place in range(len(dataset)))
-    return torch.tensor([int(label) for label in track(read, "labels", total=len(dataset), transient=True)])
+    return _whole(list(track(read, "labels", total=len(dataset), transient=True)))
+
+
+def _whole(found: Any) -> Tensor:
+    try:
+        labels = torch.as_tensor(found)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"labels are one whole number for each sample, got {found[0]!r} for the first") from error
+    if labels.ndim != 1 or bool((labels != labels.long()).any()) or bool((labels < 0).any()):
+        raise InputError(
+            f"labels are one whole number from 0 on for each sample, got {tuple(labels.shape)} of {labels.dtype}, "
+            f"{found[0]!r} for the first: take a partition that needs none (IID, QuantitySkew, ById), or give classes"
+        )
+    return labels.long()
 
 
 def holdings(parts: Parts, labels: Tensor) -> Tensor:

@@ -193,10 +193,11 @@ def _sent_as(dtype: torch.dtype, precision: str) -> torch.dtype:
 def _rounded(values: Tensor, precision: str) -> tuple[Tensor, float]:
     if precision == "float32":
         return values.to(_sent_as(values.dtype, precision)), 1.0
-    if precision == "float16":
-        most = torch.finfo(torch.float16).max
-        return values.float().clamp(-most, most).half(), 1.0
     largest = float(values.abs().max()) if len(values) else 0.0
+    if precision == "float16":
+        if torch.finfo(torch.float16).max < largest < math.inf:
+            raise InputError(f"weights go up to {largest:g}, beyond float16's 65504: take precision='float32'")
+        return values.half(), 1.0
     scale = largest / 127 or 1.0
     return (values.float() / scale).round().clamp(-127, 127).to(torch.int8), scale
 

@@ -136,21 +136,38 @@ def drive(engine: Rounds, running: Running, on_round: Callable[[Row], None] | No
         server.state = state.load(running.resume / FILE, server.about())
     if isinstance(server.method, Sensitivity):
         engine.scout()
-    if engine.first and on_round:
-        for row in server.state.rows:
-            on_round(row)
+    if engine.first and server.state.rows:
+        _measure_if_due(server, running)  # a run may have ended before it could
+        if on_round:
+            for row in server.state.rows:
+                on_round(row)
     while server.number < rounds:
         row = engine.round()
         if not engine.first:
             continue
         _save(server, running)
-        due = server.number == rounds or server.number % running.evaluate_every == 0
-        if due and server.source.has("validation") and defines(server.site.model, "validation_step"):
-            measure(server, row)
-            _save(server, running)
+        _measure_if_due(server, running)
         if on_round:
             on_round(row)
+    _check_any(server.state.rows)
     return outcome(server) if engine.first else Outcome(server.state, {}, {}, [])
+
+
+def _measure_if_due(server: Coordinator, running: Running) -> None:
+    """Validates the state after the last round, where it is to be and is not yet, and saves what came of it."""
+    due = server.number == server.federation.rounds or server.number % running.evaluate_every == 0
+    measured = "metrics" in server.state.rows[-1]
+    if due and not measured and server.source.has("validation") and defines(server.site.model, "validation_step"):
+        measure(server, server.state.rows[-1])
+        _save(server, running)
+
+
+def _check_any(rows: list[Row]) -> None:
+    """Raises `InputError` where every client has failed in every round: the model is as it was."""
+    reasons = [reason for row in rows for reason in row["reasons"].values()]
+    lost = any(reason.startswith(("Dropped", "Straggler")) for reason in reasons)  # as a `Tolerance` has it
+    if reasons and not lost and not any(row["clients"] for row in rows):
+        raise InputError(f"every client failed in every round, and nothing was trained: {reasons[-1]}")
 
 
 def _save(server: Coordinator, running: Running) -> None:

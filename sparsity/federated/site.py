@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sparsity.federated.log import Log, batch_size
 from sparsity.schedules import Horizon
 from sparsity.sensitivity import Sensitivity
 from sparsity.sparsifier import Sparsifier
+from sparsity.targets import clean
 
 
 class Site:
@@ -30,17 +32,17 @@ class Site:
         self.model, self.sparsifier = model, sparsifier
         self.rounds, self.seed = rounds, seed
         self._modes = {module: module.training for module in model.modules()}
-        shared = model.state_dict()
-        own = (each for name, each in model.named_buffers() if name not in shared)
-        self._own = [(buffer, buffer.clone()) for buffer in own]  # buffers that no checkpoint has
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         scouts = isinstance(sparsifier, Sensitivity)
-        self._begun = {name: value.detach().clone() for name, value in shared.items() if scouts}
+        self._begun = {name: value.detach().clone() for name, value in model.state_dict().items() if scouts}
         self.optimizer, self._schedule = _optimizer(model)
-        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._groups = self._settings()
         self._scheduled = 0
         if sparsifier is not None:
             self.attach(sparsifier)
         self.layout = Layout(model, sparsifier.masks if sparsifier else _matrices(model))
+        shared = {id(each) for each in self.layout.tensors.values()}
+        self._own = [(buffer, value) for buffer, value in buffers if id(buffer) not in shared]
         self._everything = torch.ones(self.layout.masked, dtype=torch.bool)
         self._parameters = list(model.parameters())
         self.log = Log(model)
@@ -73,13 +75,11 @@ class Site:
         """A client begins: nothing is left of the one before."""
         if self.sparsifier is not None and self.sparsifier.scaling:
             self.sparsifier.scaling.whole()
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate
+        self._restore_groups()
         self.optimizer.state.clear()
         for parameter in self._parameters:
             parameter.grad = None
-        for buffer, value in self._own:
-            buffer.copy_(value)
+        self._restore_own()
         self._restore_modes()
 
     def loss(self, batch: Any, number: int) -> Tensor | None:
@@ -92,6 +92,7 @@ class Site:
     def evaluate(self, batches: Iterator[Any], stage: str) -> dict[str, float]:
         """What `validation_step` or `test_step`, and the hooks around them, log over all batches."""
         seed_all(self.seed)
+        self._restore_own()
         name = "test" if stage == "test" else "validation"
         self.model.eval()
         with self.log:
@@ -114,6 +115,24 @@ class Site:
             self.sparsifier.scaling.leave()
         self.log.close()
 
+    def _settings(self) -> list[dict[str, Any]]:
+        """What the optimizer's groups say beside their parameters; some optimizers count in them."""
+        groups = self.optimizer.param_groups
+        return [{name: deepcopy(value) for name, value in group.items() if name != "params"} for group in groups]
+
+    def _restore_groups(self) -> None:
+        for group, settings in zip(self.optimizer.param_groups, self._groups, strict=True):
+            if len(group) > len(settings) + 1:
+                for name in group.keys() - settings.keys() - {"params"}:
+                    del group[name]
+            group.update({name: _copy(value) for name, value in settings.items()})
+
+    @torch.no_grad()
+    def _restore_own(self) -> None:
+        """Buffers that clients do not share are as they were in the beginning."""
+        for buffer, value in self._own:
+            buffer.copy_(value)
+
     def _restore_modes(self) -> None:
         for module, training in self._modes.items():
             if module.training != training:  # modules are slow to set
@@ -122,11 +141,15 @@ class Site:
     def _step_schedule(self) -> None:
         # A schedule warns where no step of its optimizer came first, and those of clients are steps of fresh ones.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's own mark
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate
+        self._restore_groups()
         self._schedule.step()
         self._scheduled += 1
-        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._groups = self._settings()
+
+
+def _copy(value: Any) -> Any:
+    # Each client has to have its own of what can be written to; numbers cost nothing.
+    return value if isinstance(value, bool | int | float | str | None) else deepcopy(value)
 
 
 def _check(model: Any) -> None:
@@ -140,7 +163,7 @@ def _check(model: Any) -> None:
 
 def _matrices(model: Any) -> list[str]:
     """What is sent as weights where nothing prunes: of the rest precision does not matter."""
-    return [name for name, weight in model.named_parameters() if weight.ndim > 1]
+    return [clean(name) for name, weight in model.named_parameters() if weight.ndim > 1]
 
 
 def _optimizer(model: Any) -> tuple[Optimizer, Any]:

@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import (
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
 from sparsity.errors import InputError
 
@@ -29,17 +36,18 @@ class Source:
         if data.trainer is None:
             data.trainer = self._stage
         loader = data.train_dataloader()
-        self.dataset, size = getattr(loader, "dataset", None), getattr(loader, "batch_size", None)
-        if size is None or not hasattr(self.dataset, "__getitem__") or isinstance(self.dataset, IterableDataset):
+        dataset, size = getattr(loader, "dataset", None), getattr(loader, "batch_size", None)
+        if size is None or not hasattr(dataset, "__getitem__") or isinstance(dataset, IterableDataset):
             raise InputError(
                 f"clients hold samples by index: {type(data).__name__} has to have a train_dataloader of a map-style "
-                f"dataset and a batch_size, got {type(self.dataset).__name__} in batches of {size}"
+                f"dataset and a batch_size, got {type(dataset).__name__} in batches of {size}"
             )
+        self.dataset = samples_of(loader)
         self.batch_size: int = size
         self._collate, self._whole = loader.collate_fn, loader.drop_last
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]  # map-style
+        return len(self.dataset)
 
     def close(self) -> None:
         """The data module has no trainer again."""
@@ -75,7 +83,7 @@ class Source:
 
     def _samples(self, places: list[int]) -> Any:
         at_once = getattr(self.dataset, "__getitems__", None)
-        return at_once(places) if at_once else [self.dataset[place] for place in places]  # type: ignore[index]  # map-style
+        return at_once(places) if at_once else [self.dataset[place] for place in places]
 
     def _moved(self, batch: Any, stage: str) -> Any:
         if not getattr(self._stage, stage):
@@ -84,6 +92,24 @@ class Source:
         if self.device.type != "cpu":
             batch = self.data.transfer_batch_to_device(batch, self.device, 0)
         return self.data.on_after_batch_transfer(batch, 0)
+
+
+def samples_of(loader: Any) -> Any:
+    """What a loader draws from: its dataset, or those of its samples that a `SubsetRandomSampler` is limited to.
+
+    Raises `InputError` for a sampler that draws some samples more often than others.
+    """
+    sampler = loader.sampler
+    if isinstance(sampler, SubsetRandomSampler):
+        return Subset(loader.dataset, [int(place) for place in sampler.indices])
+    whole = isinstance(sampler, SequentialSampler | DistributedSampler)
+    shuffled = isinstance(sampler, RandomSampler) and not sampler.replacement and len(sampler) == len(loader.dataset)
+    if not whole and not shuffled:
+        raise InputError(
+            f"clients draw each of their samples once in an epoch, so the {type(sampler).__name__} of train_dataloader "
+            "would be ignored: take shuffle=True, or a SubsetRandomSampler"
+        )
+    return loader.dataset
 
 
 def defines(thing: Any, name: str) -> bool:

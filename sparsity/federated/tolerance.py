@@ -68,10 +68,12 @@ def refuse(update: Update, layout: Layout, more: dict[str, int], samples: int) -
     for name, vector in vectors.items():
         largest, kept, strays = look(vector, update.mask if name == "values" else update.mask[:0])
         if not math.isfinite(largest):
-            bad = int((~torch.isfinite(vector)).count_nonzero())
-            raise InputError(f"{bad} of {len(vector)} {name} are NaN or infinite")
+            bad = ~torch.isfinite(vector)
+            first = layout.name_at(int(bad.int().argmax()))
+            raise InputError(f"{int(bad.sum())} of {len(vector)} {name} are NaN or infinite, the first in '{first}'")
         if largest * update.samples >= LARGEST:
-            raise InputError(f"{name} go up to {largest:g}, which is beyond any model's")
+            where = layout.name_at(int(vector.abs().argmax()))
+            raise InputError(f"{name} go up to {largest:g}, which is beyond any model's, in '{where}'")
         if name == "values" and layout.masked and not kept:
             raise InputError(f"the update keeps 0 of {layout.masked} weights")
         if strays:

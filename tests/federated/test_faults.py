@@ -117,6 +117,32 @@ def test_a_long_change_is_shortened_and_buffers_do_not_count() -> None:
     assert torch.equal(bound[~learned], free[~learned])
 
 
+class Broken(Model):
+    """Its training has a mistake that fails in its own words each time."""
+
+    steps = 0
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        Broken.steps += 1
+        raise ValueError(f"batch {Broken.steps} is bad")
+
+
+class Diverged(Model):
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return super().training_step(batch) * math.nan
+
+
+@pytest.mark.parametrize(("net", "per_round", "message"), [
+    (Broken, 5, r"all 5 clients of the first round failed: ValueError: batch \d+ is bad"),
+    (Broken, 1, r"all 1 clients of the first round failed: ValueError"),
+    (Diverged, 5, r"all 5 clients of the first round failed: InputError: .* NaN or infinite"),
+    (Diverged, 1, r"every client failed in every round, and nothing was trained: InputError: .* NaN or infinite"),
+])  # fmt: skip
+def test_a_federation_in_which_nobody_trains_ends_with_an_error(net: Any, per_round: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run(net(), 3, per_round)
+
+
 def updates() -> dict[str, tuple[Update, str]]:
     shape = Layout(model(), ["first.weight"])
     ones, half = torch.ones(shape.masked).bool(), torch.arange(shape.masked) % 2 == 0

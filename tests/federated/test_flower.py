@@ -15,6 +15,7 @@ from callbacks import FLASH, FedDST, FedSGC
 from sparsity import InputError
 from sparsity.congruent import Congruity
 from sparsity.federated import (
+    IID,
     SCAFFOLD,
     Dirichlet,
     FedAvg,
@@ -26,7 +27,9 @@ from sparsity.federated import (
     Tolerance,
     simulate,
 )
-from tests.federated.small import Points, Unlucky, drops, model
+from sparsity.federated import engine as embedded
+from sparsity.federated.client import client_update as ended
+from tests.federated.small import Model, Points, Unlucky, drops, model
 
 pytest.importorskip("flwr", reason="Flower is an extra: pip install .[federated]")
 from sparsity.federated import flower  # it needs Flower
@@ -91,6 +94,100 @@ def test_a_node_whose_data_are_not_the_plan_s_says_so() -> None:
     fine = answer([100, 240])
     assert fine["messages"]
     assert fine["failure"] == ""
+
+
+class Nodes:
+    """A grid whose nodes are in this process: which client each is, and what each has kept."""
+
+    def __init__(self, plan: Any, clients: dict[int, int]) -> None:
+        self.plan, self.clients = plan, clients
+        self.kept: dict[int, Any] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.clients)
+
+    def send_and_receive(self, messages: list[Any], timeout: float | None = None) -> list[Any]:
+        return [self._answered(message) for message in messages]
+
+    def _answered(self, message: Any) -> Any:
+        node = message.metadata.dst_node_id
+        about = SimpleNamespace(src_node_id=node)
+        if node not in self.clients:
+            gone = SimpleNamespace(reason="Node Unavailable")
+            return SimpleNamespace(metadata=about, has_error=lambda: True, error=gone)
+        context = self.kept.setdefault(
+            node, SimpleNamespace(state={}, node_config={"partition-id": self.clients[node]})
+        )
+        if message.metadata.message_type == "query":
+            answer: Any = {"client": self.clients[node]}
+        else:
+            answer = flower._train(self.plan, message.content[flower.SECTION], context)
+        return SimpleNamespace(metadata=about, has_error=lambda: False, content={flower.SECTION: answer})
+
+
+@pytest.fixture
+def messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages can be made outside of a run."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+@pytest.mark.usefixtures("messages")
+def test_a_node_that_comes_back_as_another_takes_part_again() -> None:
+    plan = flower.Plan(lambda: (model(norm=False), Points(), None), Federation(2, 2, 5, IID()), Protocol(Local(1)), 1)
+    nodes = Nodes(plan, {101: 0, 102: 1})
+    engine = flower.FlowerEngine(plan.here(), cast("Any", nodes))
+    answered = []
+    for number in range(5):
+        if number == 2:
+            nodes.clients = {101: 0}
+        if number == 3:
+            nodes.clients = {101: 0, 103: 1}
+        answered.append(engine.round()["clients"])
+    engine.server.site.close()
+    flower._HERE.pop(plan.key)
+    assert answered == [2, 2, 1, 2, 2]
+
+
+class Once(Model):
+    """One client's loss is NaN, in one round."""
+
+    bad: int | None = None
+
+    def training_step(self, batch: Any) -> Any:
+        loss = super().training_step(batch)
+        return loss * float("nan") if Once.bad == 0 else loss
+
+
+@pytest.mark.usefixtures("messages")
+@pytest.mark.parametrize("quorum", [1, 2])
+def test_a_control_that_did_not_count_is_forgotten(quorum: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[Any, Any]] = []
+    turns: list[int] = []
+
+    def watched(site: Any, task: Any, *others: Any) -> Any:
+        Once.bad = 0 if task.number == 1 and turns[-1] % 2 == 0 else None
+        turns[-1] += 1
+        return ended(site, task, *others)
+
+    for module in (flower, embedded):
+        monkeypatch.setattr(module, "client_update", watched)
+    for over_flower in (False, True):
+        torch.manual_seed(0)
+        turns.append(0)
+        protocol = Protocol(Local(1), SCAFFOLD(), Tolerance(quorum=quorum))
+        plan = flower.Plan(lambda: (Once(norm=False), Points(), None), Federation(2, 2, 5, IID()), protocol, 1)
+        server = plan.here()
+        nodes = cast("Any", Nodes(plan, {101: 0, 102: 1}))
+        engine: Any = flower.FlowerEngine(server, nodes) if over_flower else embedded.Engine(server)
+        rows = [engine.round() for _ in range(5)]
+        found.append(([row["clients"] for row in rows], server.state.values))
+        server.site.close()
+        flower._HERE.pop(plan.key)
+    assert found[0][0] == found[1][0] == [2, 1 if quorum == 1 else 0, 2, 2, 2]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_a_recipe_becomes_apps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,165 @@
+"""Nothing is left of the client before, whatever it wrote to; and models of many kinds can be shared."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from callbacks import FedDST, StaticMask
+from sparsity import InputError, Targets
+from sparsity.federated import IID, Federation, Local, Outcome, Protocol, Running, simulate
+from tests.federated.small import Model, Points, drops, model
+
+
+def run(net: Any, method: Any = None, rounds: int = 3, data: Any = None, **settings: Any) -> Outcome:
+    return simulate(
+        net, data or Points(), method, Federation(5, 5, rounds, IID()), Protocol(Local(2)), Running(**settings), seed=1
+    )
+
+
+def seeded(kind: type[Model], **settings: Any) -> Model:
+    torch.manual_seed(0)
+    return kind(**settings)
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in its groups, as Prodigy and schedule-free optimizers do, and goes on ever more slowly."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            group["path"].add_(1.0)
+            group["lr"] *= 0.99
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weight.add_(weight.grad, alpha=-group["lr"] / group["steps"] ** 0.5 / float(group["path"]) ** 0.1)
+
+
+class Counted(Model):
+    def configure_optimizers(self) -> Any:
+        optimizer = Counting(self.parameters(), 0.1)
+        optimizer.param_groups[0]["path"] = torch.ones(())
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+
+class Lowest(Model):
+    """Has a buffer that is infinite to begin with, and one that no checkpoint has, and writes to both."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.low: Tensor
+        self.sum: Tensor
+        self.register_buffer("low", torch.tensor(math.inf))
+        self.register_buffer("sum", torch.zeros(()), persistent=False)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.low.copy_(torch.minimum(self.low, batch[0].min()))
+        self.sum += batch[0].mean()
+        return super().training_step(batch) * (1 + 0.1 * self.low.abs() + 0.01 * self.sum)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("val/sum", self.sum)
+
+
+@pytest.mark.parametrize("kind", [Counted, Lowest])
+def test_nothing_is_left_of_the_client_before(kind: type[Model]) -> None:
+    one, two = (run(seeded(kind, norm=False), workers=workers) for workers in (1, 2))
+    assert torch.equal(one.state.values, two.state.values)
+    assert [row["metrics"] for row in one.rows] == [row["metrics"] for row in two.rows]
+
+
+def test_the_model_has_its_own_buffers_again() -> None:
+    net = seeded(Lowest)
+    outcome = run(net)
+    assert isinstance(net, Lowest)
+    assert float(net.low) == math.inf
+    assert float(net.sum) == 0.0
+    assert {row["metrics"]["val/sum"] for row in outcome.rows} == {0.0}
+
+
+@pytest.mark.parametrize("hidden", [-math.inf, -1e9, torch.finfo(torch.float32).min])
+def test_a_causal_mask_is_no_reason_to_refuse_anybody(hidden: float) -> None:
+    net = model()
+    causal = torch.full((4, 4), hidden).triu(1)
+    net.register_buffer("causal", causal)
+    expected = causal.clone()
+    outcome = simulate(net, Points(), None, Federation(1, 1, 2, IID()), Protocol(Local(1)), seed=1)
+    assert [row["failures"] for row in outcome.rows] == [0, 0]
+    assert torch.equal(causal, expected)
+
+
+def test_complex_weights_are_refused() -> None:
+    net = model()
+    net.register_parameter("spectrum", nn.Parameter(torch.ones(3, dtype=torch.complex64)))
+    with pytest.raises(InputError, match=r"\['spectrum'\] are complex"):
+        run(net)
+
+
+class Compiled(pl.LightningModule):
+    def __init__(self, compiles: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
+        self.net = torch.compile(net, backend="eager") if compiles else net
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("method", [lambda: None, lambda: StaticMask(0.5), lambda: FedDST(0.5, drops(1))])
+def test_a_compiled_network_is_as_good_as_another(method: Any) -> None:
+    one, two = (run(Compiled(compiles), method()) for compiles in (False, True))
+    assert [row["failures"] for row in two.rows] == [0, 0, 0]
+    assert torch.equal(one.state.mask, two.state.mask)
+    torch.testing.assert_close(one.state.values, two.state.values)
+
+
+class Two(Model):
+    """Two layers of one shape, of which either may be pruned."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=False)
+        self.other = nn.Linear(12, 12)
+
+
+@pytest.mark.parametrize(("method", "data", "what"), [
+    (lambda: StaticMask(0.5, targets=Targets(include=["other.weight"])), lambda: Points(), "order"),
+    (lambda: StaticMask(0.5, targets=Targets(exclude=["last.weight"])), lambda: Points(), "masked"),
+    (lambda: StaticMask(0.5, targets=Targets(include=["middle.weight"])), lambda: Points(48), "batch_size"),
+])  # fmt: skip
+def test_a_state_of_other_targets_or_batches_is_refused(method: Any, data: Any, what: str, tmp_path: Path) -> None:
+    run(Two(), StaticMask(0.5, targets=Targets(include=["middle.weight"])), folder=tmp_path)
+    with pytest.raises(InputError, match=f"'{what}'"):
+        run(Two(), method(), data=data(), resume=tmp_path)
+
+
+class Interrupted(Model):
+    stops = False
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        if self.stops:
+            raise KeyboardInterrupt
+        super().validation_step(batch, batch_idx)
+
+
+def test_a_run_that_ended_while_it_validated_is_validated_when_it_goes_on(tmp_path: Path) -> None:
+    net = seeded(Interrupted)
+    federation, protocol = Federation(5, 5, 3, IID()), Protocol(Local(2))
+
+    def stop(row: dict[str, Any]) -> None:
+        net.stops = row["round"] == 1
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(net, Points(), None, federation, protocol, Running(folder=tmp_path), seed=1, on_round=stop)
+    resumed, whole = run(seeded(Interrupted), resume=tmp_path), run(seeded(Interrupted))
+    assert resumed.metrics == whole.metrics
+    assert [row["accuracy"] for row in resumed.rows] == [row["accuracy"] for row in whole.rows]
