@@ -14,6 +14,7 @@ from sparsity.errors import InputError
 from sparsity.federated.chance import seed_all
 from sparsity.federated.layout import Layout
 from sparsity.federated.log import Log, batch_size
+from sparsity.federated.source import defines
 from sparsity.schedules import Horizon
 from sparsity.sensitivity import Sensitivity
 from sparsity.sparsifier import Sparsifier
@@ -115,17 +116,27 @@ class Site:
             self.sparsifier.scaling.leave()
         self.log.close()
 
-    def _settings(self) -> list[dict[str, Any]]:
-        """What the optimizer's groups say beside their parameters; some optimizers count in them."""
-        groups = self.optimizer.param_groups
-        return [{name: deepcopy(value) for name, value in group.items() if name != "params"} for group in groups]
+    def _settings(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """What the optimizer's groups say beside their parameters: numbers and texts, and what can be written to."""
+        found = []
+        for group in self.optimizer.param_groups:
+            plain = {
+                name: value
+                for name, value in group.items()
+                if isinstance(value, bool | int | float | str | tuple | None)
+            }
+            others = group.keys() - plain.keys() - {"params"}
+            found.append((plain, {name: deepcopy(group[name]) for name in others}))
+        return found
 
     def _restore_groups(self) -> None:
-        for group, settings in zip(self.optimizer.param_groups, self._groups, strict=True):
-            if len(group) > len(settings) + 1:
-                for name in group.keys() - settings.keys() - {"params"}:
-                    del group[name]
-            group.update({name: _copy(value) for name, value in settings.items()})
+        """Some optimizers count in their groups; schedules set rates there."""
+        for group, (plain, others) in zip(self.optimizer.param_groups, self._groups, strict=True):
+            for name in group.keys() - plain.keys() - others.keys() - {"params"}:
+                del group[name]
+            group.update(plain)
+            if others:
+                group.update(deepcopy(others))
 
     @torch.no_grad()
     def _restore_own(self) -> None:
@@ -147,14 +158,11 @@ class Site:
         self._groups = self._settings()
 
 
-def _copy(value: Any) -> Any:
-    # Each client has to have its own of what can be written to; numbers cost nothing.
-    return value if isinstance(value, bool | int | float | str | None) else deepcopy(value)
-
-
 def _check(model: Any) -> None:
     if not getattr(model, "automatic_optimization", True):
         raise InputError(f"{type(model).__name__} optimizes by hand: clients need automatic_optimization")
+    if defines(model, "setup"):
+        model.setup("fit")
     if next(model.parameters(), None) is None:
         model.configure_model()
     if next(model.parameters(), None) is None:

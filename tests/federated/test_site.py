@@ -163,3 +163,26 @@ def test_a_run_that_ended_while_it_validated_is_validated_when_it_goes_on(tmp_pa
     resumed, whole = run(seeded(Interrupted), resume=tmp_path), run(seeded(Interrupted))
     assert resumed.metrics == whole.metrics
     assert [row["accuracy"] for row in resumed.rows] == [row["accuracy"] for row in whole.rows]
+
+
+class Late(pl.LightningModule):
+    """Makes its layers in `setup`, as it would with a trainer."""
+
+    def setup(self, stage: str) -> None:
+        assert stage == "fit"
+        self.net = nn.Linear(6, 3)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_model_may_make_its_layers_in_setup() -> None:
+    found = []
+    for workers in (1, 2):
+        torch.manual_seed(0)
+        found.append(run(Late(), workers=workers))
+    assert [row["failures"] for row in found[0].rows] == [0, 0, 0]
+    assert torch.equal(found[0].state.values, found[1].state.values)
