@@ -85,6 +85,7 @@ class Coordinator:
             "method": type(sparsifier).__name__, "sparsity": sparsifier.sparsity if sparsifier else 0.0,
             "plan": [[step, level] for step, level in self.plan.items()],
             "optimizer": {"class": type(self.site.optimizer).__name__, **_numbers(self.site.optimizer.defaults)},
+            "schedule": self.site.schedule,
             **{name: settings(getattr(protocol, name)) for name in ("local", "server", "tolerance")},
             "congruity": settings(getattr(sparsifier, "congruity", None)),
             "scaled": sparsifier.scaling.what if sparsifier and sparsifier.scaling else None,

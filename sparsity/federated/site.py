@@ -20,6 +20,8 @@ from sparsity.sensitivity import Sensitivity
 from sparsity.sparsifier import Sparsifier
 from sparsity.targets import clean
 
+PLAIN = (bool, int, float, str, tuple, type(None))  # what nobody can write to
+
 
 class Site:
     """A Lightning module with its optimizer and its method, for many clients in turn.
@@ -39,6 +41,7 @@ class Site:
         self.optimizer, self._schedule = _optimizer(model)
         self._groups = self._settings()
         self._scheduled = 0
+        self.schedule = None if self._schedule is None else _described(self._schedule)
         if sparsifier is not None:
             self.attach(sparsifier)
         self.layout = Layout(model, sparsifier.masks if sparsifier else _matrices(model))
@@ -120,11 +123,7 @@ class Site:
         """What the optimizer's groups say beside their parameters: numbers and texts, and what can be written to."""
         found = []
         for group in self.optimizer.param_groups:
-            plain = {
-                name: value
-                for name, value in group.items()
-                if isinstance(value, bool | int | float | str | tuple | None)
-            }
+            plain = {name: value for name, value in group.items() if isinstance(value, PLAIN)}
             others = group.keys() - plain.keys() - {"params"}
             found.append((plain, {name: deepcopy(group[name]) for name in others}))
         return found
@@ -197,6 +196,12 @@ def _optimizer(model: Any) -> tuple[Optimizer, Any]:
     if isinstance(schedule, ReduceLROnPlateau):
         raise InputError("ReduceLROnPlateau waits for a metric, which no round gives it: take a schedule of rounds")
     return found, schedule
+
+
+def _described(schedule: Any) -> dict[str, Any]:
+    """A schedule's class and the numbers that it begins with, some of which change with its steps."""
+    numbers = {n: value for n, value in vars(schedule).items() if isinstance(value, int | float) and n[0] != "_"}
+    return {"class": type(schedule).__name__, **numbers}
 
 
 def _call(step: Callable[..., Any], batch: Any, number: int) -> Any:

@@ -142,6 +142,26 @@ def test_a_state_of_other_targets_or_batches_is_refused(method: Any, data: Any, 
         run(Two(), method(), data=data(), resume=tmp_path)
 
 
+class Falling(Model):
+    rounds = 6
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.rounds)]
+
+
+class Slower(Falling):
+    rounds = 7
+
+
+def test_a_state_of_another_schedule_is_refused(tmp_path: Path) -> None:
+    run(seeded(Falling), folder=tmp_path)
+    assert run(seeded(Falling), resume=tmp_path).state.round == 3
+    for net in (seeded(Slower), model()):
+        with pytest.raises(InputError, match="schedule"):
+            run(net, resume=tmp_path)
+
+
 class Interrupted(Model):
     stops = False
 
