@@ -206,7 +206,8 @@ class FedTrimmedMean(FedAvg):
     Unweighted. Needs all updates of a round at once.
 
     Args:
-        trimmed: what part of the values to leave out at each end, in [0, 0.5).
+        trimmed: what part of the values to leave out at each end, in [0, 0.5), in whole values: of 0.1 none where fewer
+            than ten clients keep a weight.
         rate: as in `FedAvg`.
     """
 
