@@ -96,26 +96,25 @@ METHODS: dict[str, tuple[Method, Protocol]] = {
     ),
 }  # fmt: skip
 DENSE = ("FedAvg", "FedProx")
+
+
+def moving(part: float = 0.1) -> dict[str, tuple[Method, Protocol]]:
+    """Methods that move this part of the weights, all layers of nearly the same density."""
+
+    def congruent(share: float) -> Method:
+        return lambda sparsity: FedSGC(sparsity, Congruity(share), moves(part), ScaledERK())
+
+    found = {"FedDST": (lambda sparsity: FedDST(sparsity, moves(part), ScaledERK()), Protocol(Local(2)))}
+    return found | {f"FedSGC, {share:g}": (congruent(share), Protocol(Local(2))) for share in (0.1, 0.4, 1.0)}
+
+
 EVEN: dict[str, tuple[Method, Protocol]] = {
     "static": (lambda sparsity: StaticMask(sparsity, ScaledERK()), Protocol(Local(2))),
     "PruneFL": (
         lambda sparsity: PruneFL(sparsity, CosineDrop(0.3, 5 * EVERY, 1.0), ScaledERK()), Protocol(Local(2))
     ),
-    "FedDST": (lambda sparsity: FedDST(sparsity, moves(), ScaledERK()), Protocol(Local(2))),
-    "FedSGC, 0.1": (lambda sparsity: FedSGC(sparsity, Congruity(0.1), moves(), ScaledERK()), Protocol(Local(2))),
-    "FedSGC, 0.4": (lambda sparsity: FedSGC(sparsity, Congruity(0.4), moves(), ScaledERK()), Protocol(Local(2))),
-    "FedSGC, 1": (lambda sparsity: FedSGC(sparsity, Congruity(1.0), moves(), ScaledERK()), Protocol(Local(2))),
+    **moving(),
 }  # fmt: skip
-
-
-def moved(part: float) -> dict[str, tuple[Method, Protocol]]:
-    """Methods that move this part of the weights."""
-    return {
-        "FedDST": (lambda sparsity: FedDST(sparsity, moves(part), ScaledERK()), Protocol(Local(2))),
-        "FedSGC, 0.4": (
-            lambda sparsity: FedSGC(sparsity, Congruity(0.4), moves(part), ScaledERK()), Protocol(Local(2))
-        ),
-    }  # fmt: skip
 
 
 def scaled(method: tuple[Method, Protocol], what: str) -> tuple[Method, Protocol]:
@@ -129,8 +128,8 @@ METHODS |= {
 METHODS |= {f"{n}, scaled weights, even": scaled(EVEN[n], "weights") for n in ("static", "FedDST", "FedSGC, 0.4")}
 METHODS |= {f"{name}, scaled, even": scaled(method, "both") for name, method in EVEN.items()}
 METHODS |= {
-    f"{name}, scaled, even, {100 * part:g} %": scaled(method, "both")
-    for part in (0.05, 0.01) for name, method in moved(part).items()
+    f"{name}, scaled, even, {100 * part:g} %": scaled(moving(part)[name], "both")
+    for part in (0.05, 0.01) for name in ("FedDST", "FedSGC, 0.4")
 }  # fmt: skip
 
 

@@ -15,6 +15,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 SOURCES = Path(__file__).with_name("cpu")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
 THREADED = "-fopenmp"  # left out where a compiler does not have it
@@ -33,6 +35,11 @@ def library(source: str) -> ctypes.CDLL | None:
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         log.info("no C++ could be compiled: %s runs in plain PyTorch, which is slower: %s", source, error)
         return None
+
+
+def at(tensor: Tensor) -> ctypes.c_void_p:
+    """Where a tensor's memory begins."""
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _compiled(source: str) -> Path:

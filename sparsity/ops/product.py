@@ -1,7 +1,7 @@
 """Products of a batch with a weight that is kept in part: what all its forms have in common."""
 
 from collections.abc import Callable, Sequence
-from ctypes import c_int64, c_void_p
+from ctypes import c_int64
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -172,11 +172,7 @@ def shaped(result: Tensor, like: Tensor) -> Tensor:
 
 def native_call(source: str, name: str, first: list[Tensor | int], sizes: list[Tensor | int | None]) -> None:
     """A C++ function of this file: tensors by their memory, numbers as int and, of `sizes`, int64; then threads."""
-    given = [each if isinstance(each, int) else _at(each) for each in first]
-    rest = [c_int64(each) if isinstance(each, int) else None if each is None else _at(each) for each in sizes]
+    given = [each if isinstance(each, int) else native.at(each) for each in first]
+    rest = [c_int64(each) if isinstance(each, int) else None if each is None else native.at(each) for each in sizes]
     if getattr(native.library(source), name)(*given, *rest, torch.get_num_threads()):
         raise MemoryError(f"there is no memory for the batch of {name}: take a smaller one")
-
-
-def _at(tensor: Tensor) -> c_void_p:
-    return c_void_p(tensor.data_ptr())

@@ -1,7 +1,7 @@
 """Exact selection by rank, from histograms of the bits of floats: no sort, no copy of all the values."""
 
 from collections.abc import Iterable, Iterator
-from ctypes import c_int64, c_void_p
+from ctypes import c_int64
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -117,8 +117,8 @@ def _histogram(tensor: Tensor, dtype: torch.dtype, shift: int, prefix: int | Non
     if values.is_cpu and values.numel() >= LARGE and (library := native.library("select")) is not None:
         values = values.contiguous()
         failed = library.sparsity_histogram(
-            c_void_p(values.data_ptr()), c_int64(values.numel()), values.element_size(), shift, prefix is None,
-            c_int64(prefix or 0), c_void_p(histogram.data_ptr()), min(torch.get_num_threads(), THREADS),
+            native.at(values), c_int64(values.numel()), values.element_size(), shift, prefix is None,
+            c_int64(prefix or 0), native.at(histogram), min(torch.get_num_threads(), THREADS),
         )  # fmt: skip
         if failed:
             raise MemoryError("there is no memory for the histograms of a selection")

@@ -1,6 +1,6 @@
 """Sums of vectors in whole numbers, and what has to be known of a vector before it is added."""
 
-from ctypes import CDLL, byref, c_double, c_int64, c_void_p
+from ctypes import CDLL, byref, c_double, c_int64
 from typing import NamedTuple
 
 import torch
@@ -20,8 +20,8 @@ def add_whole_(upper: Tensor, lower: Tensor, values: Tensor, scale: float, parts
     """
     if (library := _library(values)) is not None:
         library.sparsity_sums_add(
-            _at(upper), _at(lower), _at(values), values.element_size(), c_int64(len(values)), c_double(scale),
-            c_double(parts),
+            native.at(upper), native.at(lower), native.at(values), values.element_size(), c_int64(len(values)),
+            c_double(scale), c_double(parts),
         )  # fmt: skip
         return
     for high, low, part in zip(*(torch.split(each, CHUNK) for each in (upper, lower, values)), strict=True):
@@ -47,8 +47,8 @@ def look(values: Tensor, mask: Tensor) -> Look:
     if (library := _library(values, mask)) is not None:
         most, counts = c_double(), (c_int64 * 2)()
         library.sparsity_sums_look(
-            _at(values), values.element_size(), c_int64(len(values)), _at(mask), c_int64(len(mask)), byref(most),
-            byref(counts),
+            native.at(values), values.element_size(), c_int64(len(values)), native.at(mask), c_int64(len(mask)),
+            byref(most), byref(counts),
         )  # fmt: skip
         return Look(most.value, counts[0], counts[1])
     largest = float(values.abs().max()) if len(values) else 0.0
@@ -59,7 +59,3 @@ def _library(values: Tensor, *others: Tensor) -> CDLL | None:
     fits = values.dtype in (torch.float32, torch.float64) and len(values) >= LEAST
     plain = all(each.is_cpu and each.is_contiguous() for each in (values, *others))
     return native.library("sums") if fits and plain else None
-
-
-def _at(tensor: Tensor) -> c_void_p:
-    return c_void_p(tensor.data_ptr())
