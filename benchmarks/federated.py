@@ -65,6 +65,7 @@ class Setting(NamedTuple):
 SETTINGS = {
     "mnist": Setting(models.FedMNISTNet, lambda folder: data.MNIST(folder, 50), 60, 0.01),
     "mnist_long": Setting(models.FedMNISTNet, lambda folder: data.MNIST(folder, 50), 150, 0.01),
+    "mnist_falling": Setting(models.FedMNISTNet, lambda folder: data.MNIST(folder, 50), 60, 0.02, True),
     "cifar10": Setting(models.FedCIFARNet, lambda folder: data.CIFAR10(folder, 50, augment=False), 100, 0.01),
     "cifar10_fast": Setting(models.FedCIFARNet, lambda folder: data.CIFAR10(folder, 50, augment=False), 100, 0.02),
     "cifar10_falling": Setting(models.FedCIFARNet, lambda f: data.CIFAR10(f, 50, augment=False), 100, 0.02, True),
@@ -126,6 +127,7 @@ METHODS |= {
     f"{n}, scaled weights": scaled(METHODS[n], "weights") for n in ("static", "PruneFL", "FedDST", "FedSGC, 0.4")
 }
 METHODS |= {f"{n}, scaled weights, even": scaled(EVEN[n], "weights") for n in ("static", "FedDST", "FedSGC, 0.4")}
+METHODS |= {f"{name}, scaled": scaled(METHODS[name], "both") for name in ("static", "FedSGC, 0.4")}
 METHODS |= {f"{name}, scaled, even": scaled(method, "both") for name, method in EVEN.items()}
 METHODS |= {
     f"{name}, scaled, even, {100 * part:g} %": scaled(moving(part)[name], "both")

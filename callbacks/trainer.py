@@ -149,8 +149,8 @@ class SparseTrainer(Trainer):
         if resume == "last":
             resume = str(newest(Path(self.default_root_dir), simulation.FILE).parent)
         folder = Path(self.log_dir or self.default_root_dir)
-        running = Running(workers, evaluate_every, folder, resume)
-        model.to(self.strategy.root_device)
+        device = self.strategy.root_device
+        running = Running(workers, evaluate_every, folder, resume, device if workers == 1 else device.type)
         progress = Progress(self, federation.rounds)
         if engine == "flower":
             from sparsity.federated.flower import simulate

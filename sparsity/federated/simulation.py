@@ -33,11 +33,13 @@ class Running:
         evaluate_every: rounds from one validation of the global model to the next; the last one is always validated.
         folder: where the state is saved after each round; nowhere if not given.
         resume: the folder of a run to go on from, its own or another.
+        device: where clients train, the model's own if not given; with "cuda" each worker takes a GPU in turn. What
+            they send is added up on the CPU. Flower's actors stay there.
     """
 
     def __init__(
         self, workers: int = 1, evaluate_every: int = 1, folder: str | Path | None = None,
-        resume: str | Path | None = None,
+        resume: str | Path | None = None, device: str | torch.device | None = None,
     ) -> None:  # fmt: skip
         if workers < 1 or evaluate_every < 1:
             raise InputError(f"expected {workers=} and {evaluate_every=} of at least 1")
@@ -46,6 +48,13 @@ class Running:
         self.workers, self.evaluate_every = workers, evaluate_every
         self.folder = None if folder is None else Path(folder)
         self.resume = None if resume is None else Path(resume)
+        self.device = None if device is None else _known(device)
+
+    def device_of(self, rank: int) -> torch.device | None:
+        """Where this worker's clients train."""
+        if self.device is None or self.device.type != "cuda" or self.device.index is not None:
+            return self.device
+        return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 class Outcome:
@@ -96,6 +105,9 @@ def simulate(
     source = Source(data, _device(model))
 
     def body(member: Crew) -> Outcome:
+        # After the fork, as processes in which CUDA has begun cannot be forked.
+        model.to(running.device_of(member.rank))
+        source.device = _device(model)
         site = Site(model, sparsifier, federation.rounds, seed)
         try:
             return drive(Engine(Coordinator(site, source, federation, protocol, seed), member), running, on_round)
@@ -193,6 +205,17 @@ def outcome(server: Coordinator) -> Outcome:
     if server.method is not None:
         server.method.adopt(server.site.layout.masks(server.state.mask), server.number - 1)
     return Outcome(server.state, metrics, clients, server.parts)
+
+
+def _known(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"expected a device such as 'cuda', 'cuda:1' or 'cpu', got {device=}") from error
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if (found.index or 0) >= count:
+        raise InputError(f"{device=} is not there: torch finds {count} GPUs")
+    return found
 
 
 def _device(model: Any) -> torch.device:

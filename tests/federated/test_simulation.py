@@ -1,6 +1,8 @@
 """Whole federations: identities between methods, exact counts, and results that nothing but the seed decides."""
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ from sparsity.schedules import Cubic
 from tests.federated.small import Model, Points, drops, model
 from tests.nets import trainer
 
+ROOT = Path(__file__).parents[2]
 METHODS: dict[str, Any] = {
     "dense": lambda: None,
     "StaticMask": lambda: StaticMask(0.6),
@@ -133,6 +136,31 @@ def test_layers_keep_as_many_weights_as_they_began_with() -> None:
 @pytest.mark.parametrize(("name", "workers"), [*((name, 2) for name in METHODS), ("FedSGC", 3), ("PruneFL", 4)])
 def test_the_number_of_workers_changes_nothing(name: str, workers: int) -> None:
     assert same(*(run(METHODS[name](), model(momentum=0.5), workers=each) for each in (1, workers)))
+
+
+def test_workers_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    turns, one = Running(5, device="cuda"), Running(5, device="cuda:1")
+    assert [str(turns.device_of(rank)) for rank in range(5)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
+    assert {str(one.device_of(rank)) for rank in range(5)} == {"cuda:1"}
+    assert {Running(5).device_of(rank) for rank in range(5)} == {None}, "the model's own"
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def test_a_device_is_that_of_every_worker(device: str, tmp_path: Path) -> None:
+    code = f"""
+from tests.federated import test_simulation as t
+net = t.model()
+running = t.Running(2, folder={str(tmp_path)!r}, device={device!r})
+t.simulate(net, t.Points(), t.StaticMask(0.6), t.federation(), t.Protocol(t.Local(2)), running, seed=3)
+assert {{each.device.type for each in net.parameters()}} == {{{device!r}}}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)  # of its own, as in this one CUDA may have begun
+    found = torch.load(tmp_path / "federation.ckpt", weights_only=True)
+    torch.testing.assert_close(found["values"], run(StaticMask(0.6)).state.values, rtol=1e-3, atol=1e-3)
+    assert not any(row["failures"] for row in found["rows"])
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -545,6 +573,8 @@ class Stream(Points):
     (lambda: Tolerance(dropout=1), r"dropout=1 in \[0, 1\)"),
     (lambda: Tolerance(clip=0), "clip=0 above 0"),
     (lambda: Running(0), "workers=0 and evaluate_every=1 of at least 1"),
+    (lambda: Running(device="gpu"), "expected a device such as 'cuda', 'cuda:1' or 'cpu', got device='gpu'"),
+    (lambda: Running(device="cuda:64"), r"device='cuda:64' is not there: torch finds \d GPUs"),
     (lambda: Running(resume="nowhere"), "there is no federation.ckpt in 'nowhere'"),
     (lambda: FedLAW(0), r"share=0 in \(0, 1\)"),
     (lambda: simulate(model(), Points(), None, Federation(200), Protocol(server=FedLAW(0.9))), "leaves a client none"),
