@@ -19,7 +19,7 @@ from sparsity.ops import all_finite
 from sparsity.scaling import Scaling
 from sparsity.schedules import Constant, Horizon, Plan, Schedule
 from sparsity.scores import Magnitude, Random, Score, Scores
-from sparsity.targets import Targets, is_transposed
+from sparsity.targets import Targets, is_transposed, refuse_shared_memory
 from sparsity.upkeep import Upkeep
 
 
@@ -105,6 +105,7 @@ class Sparsifier:
         self.model = model
         self._sharded = [each for each in model.modules() if hasattr(each, "reshard") and hasattr(each, "unshard")]
         weights = self.targets.select(model)
+        refuse_shared_memory(model, weights, optimizers)
         self._owners = {name: _owner(model, weight) for name, weight in weights.items()}
         self.turned = frozenset(name for name, (module, _) in self._owners.items() if is_transposed(module))
         for name, weight in weights.items():

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.parameter import Parameter, UninitializedParameter
+from torch.optim import Optimizer
 
 from sparsity.errors import InputError
 
@@ -98,6 +99,23 @@ def block(name: str) -> str:
     """What a parameter belongs to: its name up to the first number ("net.blocks.0"), or its layer's."""
     match = re.match(r"(.*?\.\d+)\.", name)
     return match[1] if match else name.rpartition(".")[0]
+
+
+def refuse_shared_memory(model: nn.Module, targets: Iterable[str], optimizers: Iterable[Optimizer]) -> None:
+    """Raises `InputError` where optimizers step a target and another parameter in the same piece of memory.
+
+    Each would have a gradient and a state of its own, and a step of the second would undo the zeros of the first.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    stepped, wanted = {id(each) for group in groups for each in group["params"]}, set(targets)
+    for tied in _tied_groups(model):
+        found = {id(weight): name for name, _, weight in reversed(tied) if id(weight) in stepped}
+        if tied[0][0] in wanted and len(found) > 1:
+            *_, second, first = found.values()
+            raise InputError(
+                f"'{first}' and '{second}' are two parameters in one piece of memory, and the optimizer steps both: "
+                f"make them one (module.{second} = module.{first})"
+            )
 
 
 def clean(name: str) -> str:

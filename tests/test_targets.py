@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from callbacks import StaticMask
 from sparsity.targets import Targets
 
 
@@ -179,6 +180,19 @@ def test_tied_weights_are_one_target_under_their_first_name(tie: str) -> None:
     assert names(model, include=["b.*"]) == ["a.weight"]
     assert names(model, include=["b.weight"]) == ["a.weight"]
     assert names(model, exclude=["b.*"]) == ["c.weight"]
+
+
+def test_two_parameters_in_one_piece_of_memory_are_not_trained_both() -> None:
+    model = two_linears("storage")
+    b_weight = model["b"].get_parameter("weight")
+    message = r"^'a\.weight' and 'b\.weight' are two parameters in one piece of memory"
+    with pytest.raises(ValueError, match=message):
+        StaticMask(0.5).sparsifier.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    others = [each for each in model.parameters() if each is not b_weight]
+    StaticMask(0.5).sparsifier.attach(model, torch.optim.SGD(others, lr=0.1))
+    StaticMask(0.5).sparsifier.attach(model)
+    tied = two_linears("parameter")
+    StaticMask(0.5).sparsifier.attach(tied, torch.optim.SGD(tied.parameters(), lr=0.1))
 
 
 def test_a_head_tied_to_an_embedding_is_left_alone_unless_it_is_named() -> None:
