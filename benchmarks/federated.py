@@ -42,7 +42,7 @@ from callbacks import FedDST, FedSGC, PruneFL, StaticMask
 from sparsity import data, memory, models
 from sparsity.congruent import Congruity, GradientCongruity
 from sparsity.data.images import Images
-from sparsity.distributions import ScaledERK
+from sparsity.distributions import ER, Distribution, ScaledERK
 from sparsity.federated import Dirichlet, FedAvg, Federation, Local, Pathological, Protocol, Running, simulate
 from sparsity.federated.partition import Partition
 from sparsity.federated.report import figure
@@ -77,61 +77,59 @@ PARTITIONS: dict[str, Callable[[], Partition]] = {
 }
 
 
-def moves(part: float = 0.1) -> CosineDrop:
-    return CosineDrop(part, EVERY, 2 / 3)
-
-
 Method = Callable[[float], Any]
-METHODS: dict[str, tuple[Method, Protocol]] = {
-    "FedAvg": (lambda _: None, Protocol(Local(2))),
-    "FedProx": (lambda _: None, Protocol(Local(2, proximal=0.1))),
-    "static": (lambda sparsity: StaticMask(sparsity), Protocol(Local(2))),
-    "PruneFL": (lambda sparsity: PruneFL(sparsity, CosineDrop(0.3, 5 * EVERY, 1.0)), Protocol(Local(2))),
-    "FedDST": (lambda sparsity: FedDST(sparsity, moves()), Protocol(Local(2))),
-    "FedSGC, 0.1": (lambda sparsity: FedSGC(sparsity, Congruity(0.1), moves()), Protocol(Local(2))),
-    "FedSGC, 0.4": (lambda sparsity: FedSGC(sparsity, Congruity(0.4), moves()), Protocol(Local(2))),
-    "FedSGC, 1": (lambda sparsity: FedSGC(sparsity, Congruity(1.0), moves()), Protocol(Local(2))),
-    "FedSGC, by gradient": (lambda sparsity: FedSGC(sparsity, GradientCongruity(0.4), moves()), Protocol(Local(2))),
-    "FedSGC, residual": (
-        lambda sparsity: FedSGC(sparsity, Congruity(0.4), moves()), Protocol(Local(2), FedAvg(residual=True))
-    ),
-}  # fmt: skip
-DENSE = ("FedAvg", "FedProx")
+Methods = dict[str, tuple[Method, Protocol]]
+LOCAL = Protocol(Local(2))
+SHARES = (0.1, 0.4, 1.0)  # of what moves, by congruity
+OFTEN = CosineDrop(0.1, EVERY, 2 / 3)
+DENSE: Methods = {"FedAvg": (lambda _: None, LOCAL), "FedProx": (lambda _: None, Protocol(Local(2, proximal=0.1)))}
 
 
-def moving(part: float = 0.1) -> dict[str, tuple[Method, Protocol]]:
-    """Methods that move this part of the weights, all layers of nearly the same density."""
+def sparse(distribution: Distribution | None = None) -> Methods:
+    """Methods whose layers have these densities, ERK's if not given."""
+    prunefl = CosineDrop(0.3, 5 * EVERY, 1.0)
+    found: dict[str, Method] = {
+        "static": lambda sparsity: StaticMask(sparsity, distribution),
+        "PruneFL": lambda sparsity: PruneFL(sparsity, prunefl, distribution),
+    }
+    return {name: (make, LOCAL) for name, make in found.items()} | moving(OFTEN, distribution)
+
+
+def moving(drops: CosineDrop, distribution: Distribution | None = None, protocol: Protocol = LOCAL) -> Methods:
+    """Those whose clients move masks."""
 
     def congruent(share: float) -> Method:
-        return lambda sparsity: FedSGC(sparsity, Congruity(share), moves(part), ScaledERK())
+        return lambda sparsity: FedSGC(sparsity, Congruity(share), drops, distribution)
 
-    found = {"FedDST": (lambda sparsity: FedDST(sparsity, moves(part), ScaledERK()), Protocol(Local(2)))}
-    return found | {f"FedSGC, {share:g}": (congruent(share), Protocol(Local(2))) for share in (0.1, 0.4, 1.0)}
+    found: Methods = {"FedDST": (lambda sparsity: FedDST(sparsity, drops, distribution), protocol)}
+    return found | {f"FedSGC, {share:g}": (congruent(share), protocol) for share in SHARES}
 
 
-EVEN: dict[str, tuple[Method, Protocol]] = {
-    "static": (lambda sparsity: StaticMask(sparsity, ScaledERK()), Protocol(Local(2))),
-    "PruneFL": (
-        lambda sparsity: PruneFL(sparsity, CosineDrop(0.3, 5 * EVERY, 1.0), ScaledERK()), Protocol(Local(2))
+def scaled(methods: Methods, label: str, what: str = "both") -> Methods:
+    def one(make: Method) -> Method:
+        return lambda sparsity: make(sparsity).scaled(what)
+
+    return {f"{name}, {label}": (one(make), protocol) for name, (make, protocol) in methods.items()}
+
+
+SELDOM, NINE = CosineDrop(0.3, 0.25, 1.0), Protocol(Local(2, gradients=9))
+METHODS: Methods = {
+    **DENSE,
+    **sparse(),
+    "FedSGC, by gradient": (lambda sparsity: FedSGC(sparsity, GradientCongruity(0.4), OFTEN), LOCAL),
+    "FedSGC, residual": (
+        lambda sparsity: FedSGC(sparsity, Congruity(0.4), OFTEN), Protocol(Local(2), FedAvg(residual=True))
     ),
-    **moving(),
-}  # fmt: skip
-
-
-def scaled(method: tuple[Method, Protocol], what: str) -> tuple[Method, Protocol]:
-    make, protocol = method
-    return lambda sparsity: make(sparsity).scaled(what), protocol
-
-
-METHODS |= {
-    f"{n}, scaled weights": scaled(METHODS[n], "weights") for n in ("static", "PruneFL", "FedDST", "FedSGC, 0.4")
-}
-METHODS |= {f"{n}, scaled weights, even": scaled(EVEN[n], "weights") for n in ("static", "FedDST", "FedSGC, 0.4")}
-METHODS |= {f"{name}, scaled": scaled(METHODS[name], "both") for name in ("static", "FedSGC, 0.4")}
-METHODS |= {f"{name}, scaled, even": scaled(method, "both") for name, method in EVEN.items()}
-METHODS |= {
-    f"{name}, scaled, even, {100 * part:g} %": scaled(moving(part)[name], "both")
-    for part in (0.05, 0.01) for name in ("FedDST", "FedSGC, 0.4")
+    **scaled(sparse(), "scaled weights", "weights"),
+    **scaled(sparse(ScaledERK()), "scaled weights, even", "weights"),
+    **scaled(sparse(), "scaled"),
+    **scaled(sparse(ScaledERK()), "scaled, even"),
+    **scaled(moving(CosineDrop(0.05, EVERY, 2 / 3), ScaledERK()), "scaled, even, 5 %"),
+    **scaled(moving(CosineDrop(0.01, EVERY, 2 / 3), ScaledERK()), "scaled, even, 1 %"),
+    **scaled(moving(SELDOM, ScaledERK()), "scaled, even, seldom"),
+    **scaled(moving(SELDOM, ScaledERK(), NINE), "scaled, even, seldom, nine"),
+    **scaled(sparse(ER()), "scaled, ER"),
+    **scaled(moving(SELDOM, ER(), NINE), "scaled, ER, seldom, nine"),
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """The client: what it does in a round."""
 
 import time
-from itertools import islice
+from collections.abc import Iterable
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def client_update(
             moved = moved or moves
             others = islice(source.batches(indices, order), local.gradients - 1) if moves else iter(())
             moves = False
-            steps += _step(site, [batch, *others], steps, task.number - (not moved), pulls, local.clip)
+            steps += _step(site, chain([batch], others), steps, task.number - (not moved), pulls, local.clip)
     return Update(site.layout.read(), site.mask if moved else task.mask, len(indices), _more(site, task, pulls, steps))
 
 
@@ -135,12 +136,19 @@ def _receive(site: Site, task: Task) -> None:
         sparsifier.collects = task.moves
 
 
-def _step(site: Site, batches: list[Any], number: int, clock: int, pulls: Pulls, clip: float | None) -> int:
+def _step(site: Site, batches: Iterable[Any], number: int, clock: int, pulls: Pulls, clip: float | None) -> int:
     """One step of the optimizer by the mean of these batches; none, and 0, where `training_step` skips them."""
-    losses = [loss for batch in batches if (loss := site.loss(batch, number)) is not None]
-    if not losses:
+    taken = 0
+    for batch in batches:  # one at a time, as an epoch of graphs may not fit
+        loss = site.loss(batch, number)
+        if loss is not None:
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's
+            taken += 1
+    if taken == 0:
         return 0
-    (losses[0] if len(losses) == 1 else torch.stack(losses).mean()).backward()  # type: ignore[no-untyped-call]  # torch's
+    if taken > 1:
+        gradients = [weight.grad for weight in site.model.parameters() if weight.grad is not None]
+        torch._foreach_div_(gradients, taken)
     pulls.add()
     if site.sparsifier is not None:
         site.sparsifier.update(clock)

@@ -206,3 +206,37 @@ def test_a_model_may_make_its_layers_in_setup() -> None:
         found.append(run(Late(), workers=workers))
     assert [row["failures"] for row in found[0].rows] == [0, 0, 0]
     assert torch.equal(found[0].state.values, found[1].state.values)
+
+
+@pytest.mark.parametrize("count", [1, 3, 1000])
+def test_masks_move_by_the_mean_gradient_of_so_many_batches(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = seeded(Model, norm=False)
+    net.drop.p = 0.0
+    method = FedDST(0.5, drops(1))
+    batches, moves = list[Any](), list[tuple[dict[str, Tensor], Tensor, list[Any]]]()
+    step, update = Model.training_step, method.sparsifier.update
+
+    def training_step(self: Model, batch: Any) -> Tensor:
+        batches.append(batch)
+        return step(self, batch)
+
+    def updated(clock: int) -> None:
+        gradient = net.first.weight.grad
+        assert gradient is not None
+        moves.append(({n: each.clone() for n, each in net.state_dict().items()}, gradient.clone(), list(batches)))
+        batches.clear()
+        update(clock)
+
+    monkeypatch.setattr(Model, "training_step", training_step)
+    monkeypatch.setattr(method.sparsifier, "update", updated)
+    federation = Federation(5, 1, 2, IID())
+    simulate(net, Points(), method, federation, Protocol(Local(2, gradients=count)), seed=1)
+    weights, found, taken = max(moves, key=lambda move: len(move[2]))
+    assert len(taken) == min(count, 1 + 240 // 5 // 4), "its own batch and, of the others, an epoch at most"
+    by_hand = seeded(Model, norm=False).double()
+    by_hand.load_state_dict(weights)
+    by_hand.eval()
+    points, labels = torch.cat([batch[0] for batch in taken]), torch.cat([batch[1] for batch in taken])
+    nn.functional.cross_entropy(by_hand(points.double()), labels).backward()  # type: ignore[no-untyped-call]  # torch's
+    assert by_hand.first.weight.grad is not None
+    torch.testing.assert_close(found, by_hand.first.weight.grad.float(), rtol=1e-4, atol=1e-6)
