@@ -65,7 +65,7 @@ class Setting(NamedTuple):
 SETTINGS = {
     "mnist": Setting(models.FedMNISTNet, lambda folder: data.MNIST(folder, 50), 60, 0.01),
     "mnist_long": Setting(models.FedMNISTNet, lambda folder: data.MNIST(folder, 50), 150, 0.01),
-    "mnist_falling": Setting(models.FedMNISTNet, lambda folder: data.MNIST(folder, 50), 60, 0.02, True),
+    "mnist_falling": Setting(models.FedMNISTNet, lambda folder: data.MNIST(folder, 50), 60, 0.01, True),
     "cifar10": Setting(models.FedCIFARNet, lambda folder: data.CIFAR10(folder, 50, augment=False), 100, 0.01),
     "cifar10_fast": Setting(models.FedCIFARNet, lambda folder: data.CIFAR10(folder, 50, augment=False), 100, 0.02),
     "cifar10_falling": Setting(models.FedCIFARNet, lambda f: data.CIFAR10(f, 50, augment=False), 100, 0.02, True),
