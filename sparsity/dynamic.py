@@ -54,8 +54,8 @@ class Dynamic(Sparsifier):
     A `schedule` that asks for more sparsity as training goes on is met at each of its steps first, by dropping the
     smallest magnitudes of the whole model, but not all of any layer (gradual pruning with regrowth, GraNet).
 
-    Layers that training does not move keep their masks: frozen ones, and those without a gradient, or without
-    momentum where weights grow by it.
+    Layers that training does not move keep their masks: frozen ones, those that no optimizer holds, and those without a
+    gradient, or without momentum where weights grow by it.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class Dynamic(Sparsifier):
             for each in scores
             if each is not None and each.needs_gradient
         )
-        return weight.requires_grad and weight.grad is not None and all(signals)
+        return weight.requires_grad and weight.grad is not None and self._upkeep.steps(weight) and all(signals)
 
 
 def _check(dropped: dict[str, int], grown: dict[str, int], kept: dict[str, int], sizes: dict[str, int]) -> None:

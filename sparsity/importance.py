@@ -21,7 +21,8 @@ class Importance(Dynamic):
 
     An update frees the smallest magnitudes of each layer, and keeps, of these and of all that were pruned, those whose
     squared gradients since the last update come to most, over the time that a weight of its layer takes: as many as
-    were freed, wherever they are. The authors also let the number of weights follow the gain per time; here it stays.
+    were freed, wherever they are. In a federation these are the gradients of the round in which masks move. The authors
+    also let the number of weights follow the gain per time; here it stays.
 
     Gradients are squared at every step, of pruned weights too: another float32 for each weight. Frozen layers keep
     their masks.
@@ -51,6 +52,13 @@ class Importance(Dynamic):
         self.collects = True  # whether gradients are squared
         self.squares: dict[str, Tensor] = {}
         self.steps = 0  # that the squares are of
+
+    def check_budget(self) -> None:
+        """Also raises `InputError` for times of what is no target."""
+        super().check_budget()
+        unknown = [name for name in self.times if name not in self.masks]
+        if unknown:
+            raise InputError(f"times of {unknown}, which are no targets: those are {list(self.masks)}")
 
     def update(self, step: int, optimizer: Optimizer | None = None) -> None:
         """As of any method; before it, the gradients of all targets are squared."""
@@ -88,7 +96,9 @@ class Importance(Dynamic):
         self.squares, self.steps = dict(state.get("squares", {})), state.get("steps", 0)
 
     def _moved(self, before: Masks, fraction: float, step: int) -> Masks:
-        learning = [name for name, weight in self.weights().items() if weight.requires_grad]
+        learning = [
+            name for name, weight in self.weights().items() if weight.requires_grad and self._upkeep.steps(weight)
+        ]
         kept = {name: int(before[name].count_nonzero()) for name in learning}
         lowest = self._scores(self.regrowth.drop, before, f"{step}/drop")
         stays = {name: largest(lowest[name], count - int(fraction * count)) for name, count in kept.items()}

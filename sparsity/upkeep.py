@@ -42,6 +42,10 @@ class Upkeep:
         self._zero: dict[str, list[Seen]] = {}  # what was there when zeros were last in place
         self._masked: dict[str, list[Seen]] = {}  # the gradients and masks of a step that will leave them there
 
+    def steps(self, weight: Parameter) -> bool:
+        """Whether an optimizer holds this weight, where there are any."""
+        return not self.optimizers or any(weight is each for group in self._groups() for each in group["params"])
+
     def mask_gradients(self, weights: Weights, masks: Mapping[str, Tensor]) -> None:
         """Before the step: pruned weights get a gradient of exactly zero."""
         self._masked.clear()

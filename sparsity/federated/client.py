@@ -153,11 +153,11 @@ def _step(site: Site, batches: Iterable[Any], number: int, clock: int, pulls: Pu
     if site.sparsifier is not None:
         site.sparsifier.update(clock)
     if clip is not None:
-        torch.nn.utils.clip_grad_norm_(site.model.parameters(), clip)
+        torch.nn.utils.clip_grad_norm_(site.stepped, clip)
     site.optimizer.step()
     if site.sparsifier is not None:
         site.sparsifier.apply()
-    site.optimizer.zero_grad()
+    site.clear()
     return 1
 
 
@@ -176,8 +176,8 @@ def _new_control(site: Site, task: Task, steps: int) -> Tensor:
     rates = {id(weight): group["lr"] for group in site.optimizer.param_groups for weight in group["params"]}
     lengths = [torch.full((each.numel(),), rates.get(id(each), 0.0)) for each in site.layout.tensors.values()]
     path = torch.cat(lengths).double() * steps
-    walked = torch.where(path > 0, (task.values - site.layout.read()) / path.clamp_min(1e-30), 0.0)
-    return walked - task.controls[0] + task.controls[1]
+    walked = (task.values - site.layout.read()) / path.clamp_min(1e-30)
+    return torch.where(path > 0, walked - task.controls[0] + task.controls[1], task.controls[1])
 
 
 def within(vector: Tensor, mask: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The coordinator: the server's side of a federation, whatever engine carries what it sends."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from sparsity.errors import InputError
 from sparsity.federated.chance import seed_all
 from sparsity.federated.client import Local, Task, within
 from sparsity.federated.federation import Federation, fingerprint, seed_of
+from sparsity.federated.identity import flat, rule, settings
 from sparsity.federated.partition import labels_of
 from sparsity.federated.payload import PRECISIONS
 from sparsity.federated.server import FedAvg, Sums, Update, server_step
@@ -70,6 +71,7 @@ class Coordinator:
         self._sent: dict[int, tuple[Messages, Task]] = {}
         _check_congruity(site.sparsifier, protocol.local)
         _check_apart(federation, protocol.server)
+        _check_quorum(federation, protocol.tolerance)
         if protocol.server.controls:
             _check_plain(site)
             self.state.controls = {-1: torch.zeros(site.layout.size, dtype=torch.float64)}
@@ -77,18 +79,15 @@ class Coordinator:
     def about(self) -> dict[str, Any]:
         """What a saved state has to have been made with."""
         sparsifier, layout, protocol = self.method, self.site.layout, self.protocol
+        optimizer = {"class": type(self.site.optimizer).__name__, **self.site.settings}
         return flat({
             "seed": self.seed, "clients": self.federation.clients, "per_round": self.federation.per_round,
             "rounds": self.federation.rounds, "partition": fingerprint(self.trained), "precision": protocol.precision,
             "model": {name: list(each.shape) for name, each in layout.tensors.items()},
             "order": list(layout.tensors), "masked": layout.masked, "batch_size": self.source.batch_size,
-            "method": type(sparsifier).__name__, "sparsity": sparsifier.sparsity if sparsifier else 0.0,
-            "plan": [[step, level] for step, level in self.plan.items()],
-            "optimizer": {"class": type(self.site.optimizer).__name__, **_numbers(self.site.optimizer.defaults)},
-            "schedule": self.site.schedule,
+            "method": rule(sparsifier), "plan": [[step, level] for step, level in self.plan.items()],
+            "optimizer": optimizer, "schedule": self.site.schedule,
             **{name: settings(getattr(protocol, name)) for name in ("local", "server", "tolerance")},
-            "congruity": settings(getattr(sparsifier, "congruity", None)),
-            "scaled": sparsifier.scaling.what if sparsifier and sparsifier.scaling else None,
         })  # fmt: skip
 
     @property
@@ -174,8 +173,6 @@ class Coordinator:
         if server.controls:
             after.controls = self._controls(sums, updates)
         self._renew(after, sums)
-        if server.controls:
-            after.controls[-1] = within(after.controls[-1], after.mask)
         after.know([note["client"] for note in notes if not note["failure"]], before)
         for note in notes:
             if note["failure"]:  # it may have lost what it was sent: a whole mask the next time
@@ -194,16 +191,23 @@ class Coordinator:
         """The same on what each client has held out, by client."""
         self.site.layout.write(self.state.values)
         held = {client: part for client, part in enumerate(self.held_out) if len(part)}
-        return {c: self.site.evaluate(self.source.batches(part), "validation") for c, part in held.items()}
+        return {c: self.site.evaluate([self.source.batches(part)], "validation") for c, part in held.items()}
 
     def _slopes(self, where: Callable[[], Tensor]) -> Iterator[Tensor]:
         """The slope of the loss at the values that `where` gives, for each batch of the server's own samples."""
-        layout, model = self.site.layout, self.site.model
-        seed_all(self.seed_of(self.federation.clients))  # that of nobody
-        for number, batch in enumerate(self.source.batches(self.own)):
+        layout, model, seed = self.site.layout, self.site.model, self.seed_of(self.federation.clients)  # that of nobody
+        seed_all(seed)
+        self.site.begin()
+        for number, batch in enumerate(self.source.batches(self.own, torch.Generator().manual_seed(seed))):
             layout.write(where())
             model.zero_grad()
-            loss = self.site.loss(batch, number)
+            try:
+                loss = self.site.loss(batch, number)
+            except Exception as error:
+                raise InputError(
+                    f"{type(self.protocol.server).__name__} cannot learn by the {len(self.own)} samples of the server, "
+                    f"in batches of {self.source.batch_size}: {type(error).__name__}: {error}"
+                ) from error
             if loss is not None:
                 loss.backward()  # type: ignore[no-untyped-call]  # torch's
                 slopes = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in layout.tensors.items()}
@@ -211,11 +215,15 @@ class Coordinator:
         model.zero_grad()
 
     def _controls(self, sums: Sums, updates: dict[int, Update]) -> dict[int, Tensor]:
+        """The server's stays the mean of all clients': what one forgets of its own, of pruned weights, leaves it."""
         found, mask = dict(self.state.controls), self.state.mask
-        found[-1] = found[-1] + sums.more["controls"].value() / self.federation.clients
+        change = sums.more["controls"].value()
         for client, update in updates.items():
-            before = within(found[client], mask) if client in found else torch.zeros(self.site.layout.size)
+            whole = found.get(client, torch.zeros(self.site.layout.size))
+            before = within(whole, mask)
+            change -= whole - before
             found[client] = (before + update.more["controls"]).float()  # as precise as what was sent
+        found[-1] = found[-1] + change / self.federation.clients
         return found
 
     def _renew(self, after: State, sums: Sums) -> None:
@@ -265,25 +273,6 @@ def _row(number: int, notes: list[Row], after: State, sums: Sums, dense: int) ->
     }  # fmt: skip
 
 
-def settings(thing: object | None) -> dict[str, Any] | None:
-    """What a small object was made with: its class, and its numbers and texts."""
-    return None if thing is None else {"class": type(thing).__name__, **_numbers(vars(thing))}
-
-
-def flat(about: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Dictionaries in a dictionary as keys with dots."""
-    found: dict[str, Any] = {}
-    for name, value in about.items():
-        found |= flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {before + name: value}
-    return found
-
-
-def _numbers(of: Mapping[str, Any]) -> dict[str, Any]:
-    kinds = bool | int | float | str | None
-    found = {name: list(value) if isinstance(value, tuple) else value for name, value in of.items()}
-    return {name: value for name, value in found.items() if isinstance(value, kinds | list)}
-
-
 def _check_plain(site: Site) -> None:
     """Raises `InputError` unless a client's path is the sum of its gradients times their rates."""
     optimizer, scaling = site.optimizer, site.sparsifier and site.sparsifier.scaling
@@ -319,8 +308,19 @@ def _check_apart(federation: Federation, server: FedAvg) -> None:
         )
 
 
+def _check_quorum(federation: Federation, tolerance: Tolerance) -> None:
+    """Raises `InputError` where no round could have enough clients."""
+    if tolerance.quorum > federation.per_round:
+        raise InputError(
+            f"a quorum={tolerance.quorum} of per_round={federation.per_round} clients can never answer, and nothing "
+            "would be trained: take a smaller one"
+        )
+
+
 def check(sparsifier: Sparsifier) -> None:
     """Raises `InputError` for a method that keeps more than weights and masks, which a federation does not send."""
+    if not isinstance(sparsifier, Sparsifier):
+        raise InputError(f"a method is a callback, such as FedSGC(0.8), got {sparsifier!r}")
     if type(sparsifier) in (Sparsifier, Kept) and not sparsifier.score.needs_gradient:
         return
     if not isinstance(sparsifier, Dynamic):

@@ -7,6 +7,7 @@ from sparsity.ops.sums import add_whole_
 
 UPPER, LOWER = 6, 46  # bits after the point of the upper part, and how many more the lower part has
 LARGEST = 2.0**37  # magnitude of one addend; a thousand of them fit
+SMALL, MAGNIFIED = 2.0**-20, 2.0**46  # below which float32 has bits beyond 2^-52, and by how much that is larger
 EVERY = 64  # additions until the lower part is carried into the upper one
 
 
@@ -45,3 +46,27 @@ class Exact:
         """The whole numbers to add up over processes, in place."""
         self.carry()
         return [self.upper, self.lower]
+
+
+class Wide:
+    """As `Exact`, for float32 of very different sizes, such as squares of gradients.
+
+    What is small has a sum of its own, so that nothing is rounded away before 2^-98.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.large, self.small = Exact(size), Exact(size)
+
+    def add(self, values: Tensor, times: int = 1) -> None:
+        """As `Exact.add`."""
+        tiny = values.abs() < SMALL
+        self.large.add(torch.where(tiny, 0.0, values), times)
+        self.small.add(torch.where(tiny, values.double() * MAGNIFIED, 0.0), times)
+
+    def value(self) -> Tensor:
+        """The sum, float64 of [size]."""
+        return self.large.value() + self.small.value() / MAGNIFIED
+
+    def tensors(self) -> list[Tensor]:
+        """As `Exact.tensors`."""
+        return [*self.large.tensors(), *self.small.tensors()]

@@ -68,7 +68,7 @@ class Plan:
                 check(sparsifier)
             if isinstance(sparsifier, Sensitivity):
                 raise InputError("FLASH's scouts train in the embedded engine only: leave out engine=flower")
-            source = Source(data, next(model.parameters()).device)
+            source = Source(data, next(model.parameters()).device, model)
             site = Site(model, sparsifier, self.federation.rounds, self.seed)
             _HERE[self.key] = Coordinator(site, source, self.federation, self.protocol, self.seed)
         return _HERE[self.key]

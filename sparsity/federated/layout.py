@@ -17,13 +17,14 @@ class Layout:
     """Which tensors a model shares, and where each lies in a vector of all of them.
 
     `targets` are the names of the weights that have masks; the rest are all other parameters and the buffers that the
-    model's `state_dict` has. A parameter that has two names is shared once, under its first. Buffers that are not
-    finite to begin with, or beyond `CONSTANT`, such as causal masks, stay where they are.
+    model's `state_dict` has. `stepped` are what an optimizer holds, all parameters if not given. A parameter that has
+    two names is shared once, under its first. Buffers that are not finite to begin with, or beyond `CONSTANT`, such as
+    causal masks, stay where they are.
 
     Raises `InputError` for complex numbers, and where there is nothing to share.
     """
 
-    def __init__(self, model: nn.Module, targets: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, targets: Iterable[str], stepped: Iterable[Tensor] | None = None) -> None:
         saved = model.state_dict(keep_vars=True).keys()
         found: Tensors = {clean(name): each for name, each in model.named_parameters()}
         found |= {clean(n): buffer for n, buffer in model.named_buffers() if n in saved and not _constant(buffer)}
@@ -46,8 +47,9 @@ class Layout:
         # Counters and double precision need a float64 for each; of all else a float32 loses nothing.
         narrow = all(each.is_floating_point() and each.dtype.itemsize <= 4 for each in self.tensors.values())
         self.dtype = torch.float32 if narrow else torch.float64
-        kinds = [torch.full((each.numel(),), isinstance(each, nn.Parameter)) for each in self.tensors.values()]
-        self.learned = torch.cat(kinds)  # bool of [size]: parameters, not buffers
+        trained = {id(each) for each in (model.parameters() if stepped is None else stepped) if each.requires_grad}
+        kinds = [torch.full((each.numel(),), id(each) in trained) for each in self.tensors.values()]
+        self.learned = torch.cat(kinds)  # bool of [size]: neither buffers nor what is frozen
 
     @property
     def like(self) -> tuple[Tensors, Tensors]:

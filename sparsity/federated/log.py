@@ -16,6 +16,7 @@ class Log:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.size = model, 1
+        self.loader: int | None = None  # the present one's number, where there are several
         self._open = False
         self._values: dict[str, list[tuple[float, int]]] = {}
         self._reductions: dict[str, Any] = {}
@@ -30,6 +31,8 @@ class Log:
 
     def note(self, name: str, value: Any, *_: Any, **settings: Any) -> None:
         """What `log` does."""
+        if self.loader is not None and settings.get("add_dataloader_idx", True):
+            name = f"{name}/dataloader_idx_{self.loader}"
         if not self._open:
             if hasattr(value, "reset"):
                 value.reset()

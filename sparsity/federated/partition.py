@@ -200,6 +200,12 @@ def labels_of(dataset: Any) -> Tensor:
         found = getattr(dataset, name, None)
         if found is not None and len(found) == len(dataset):
             return _whole(found)
+    first = dataset[0]
+    if not isinstance(first, list | tuple) or len(first) < 2:
+        raise InputError(
+            f"labels are looked for in pairs (input, label), got {type(first).__name__}: give the dataset an attribute "
+            "`labels`, or take a partition that needs none (IID, QuantitySkew, ById)"
+        )
     read = (dataset[place][1] for place in range(len(dataset)))
     return _whole(list(track(read, "labels", total=len(dataset), transient=True)))
 

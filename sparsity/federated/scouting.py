@@ -10,12 +10,16 @@ from torch import Tensor
 from sparsity import masks
 from sparsity.distributions import PerLayer
 from sparsity.errors import InputError
+from sparsity.federated import payload
 from sparsity.federated.chance import seed_all
+from sparsity.federated.client import Task
 from sparsity.federated.crew import Crew
 from sparsity.federated.federation import seed_of
 from sparsity.federated.partition import Parts
+from sparsity.federated.payload import Payload
 from sparsity.federated.site import Site
 from sparsity.federated.source import Source
+from sparsity.federated.wire import Wire
 from sparsity.schedules import Constant, Horizon
 from sparsity.scores import Random
 from sparsity.sensitivity import Sensitivity
@@ -32,25 +36,28 @@ def scouted(site: Site, source: Source, parts: Parts, seed: int, crew: Crew) -> 
     method = site.sparsifier
     assert isinstance(method, Sensitivity)
     clients = _scouts(method, len(parts), seed)
-    total = torch.zeros(len(method.masks), dtype=torch.int64)
+    names, sizes = list(method.masks), [mask.numel() for mask in method.masks.values()]
+    total, sent = torch.zeros(len(names), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     failures: list[str] = []
     for client in clients[crew.rank :: crew.count]:
         try:
-            total += _counts(site, method, source, parts[client], seed_of(seed, BEFORE, client))
+            counts = _counts(site, method, source, parts[client], seed_of(seed, BEFORE, client))
+            total += counts
+            sent += len(payload.encode(Payload({}, {}, None, dict(zip(names, counts.tolist(), strict=True))), {}))
         except Exception as error:  # whatever it is, the others go on
             failures.append(f"client {client}: {type(error).__name__}: {error}")
-    crew.add([total])
+    crew.add([total, sent])
     failures = crew.gather(failures)
     if len(failures) == len(clients):
         raise InputError(f"all {len(clients)} scouts failed, the first: {failures[0]}")
-    names, sizes = list(method.masks), [mask.numel() for mask in method.masks.values()]
     answers = len(clients) - len(failures)
     densities = {n: count / size / answers for n, count, size in zip(names, total.tolist(), sizes, strict=True)}
     site.restart()
+    whole = Task(site.layout.read(), torch.ones(site.layout.masked, dtype=torch.bool), 0)
+    received = sum(map(len, Wire(site.layout).send(whole, None)))  # scouts draw their first masks themselves
     return {
-        "clients": clients, "failures": failures, "densities": densities, "bytes_up": 8 * len(names) * answers,
-        # Weights by their seed, and the first masks with them.
-        "bytes_down": 8 * len(clients),
+        "clients": clients, "failures": failures, "densities": densities, "bytes_up": int(sent),
+        "bytes_down": received * len(clients),
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsity.errors import InputError
-from sparsity.federated.exact import Exact
+from sparsity.federated.exact import Exact, Wide
 from sparsity.federated.layout import Layout
 from sparsity.federated.state import State
 from sparsity.ops import largest
@@ -40,7 +40,7 @@ class Sums:
     def __init__(self, layout: Layout, more: dict[str, int]) -> None:
         self.values = Exact(layout.size)
         self._holders = torch.zeros(layout.masked, dtype=torch.int64)
-        self.more = {name: Exact(size) for name, size in more.items()}
+        self.more = {name: (Wide if name == "squares" else Exact)(size) for name, size in more.items()}
         self._totals = torch.zeros(2, dtype=torch.int64)  # samples, clients
         self._mask: Tensor | None = None  # of the last clients that were added
         self._last = [0, 0]  # their samples and how many they are, which the tensors do not have yet
@@ -174,7 +174,8 @@ class SCAFFOLD(FedAvg):
     """Control variates against the drift of clients: Karimireddy et al. (ICML 2020, arXiv 1910.06378), option II.
 
     Clients add the difference of the server's and their own control to their gradients, and send how theirs has
-    changed: twice the bytes. Where the server prunes a weight both become zero. Their optimizer has to be plain SGD.
+    changed: twice the bytes. Controls of pruned weights rest; a client that trains meanwhile forgets its own, and the
+    server its part in the mean. Their optimizer has to be plain SGD.
     """
 
     controls = True

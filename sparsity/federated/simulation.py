@@ -99,10 +99,12 @@ def simulate(
     sparsifier: Sparsifier | None = getattr(method, "sparsifier", method)
     if sparsifier is not None:
         check(sparsifier)
+    if seed < 0:
+        raise InputError(f"expected {seed=} of at least 0")
     check_here(federation)
 
     # Before there are several processes: data are read once, and nothing is downloaded twice.
-    source = Source(data, _device(model))
+    source = Source(data, _device(model), model)
 
     def body(member: Crew) -> Outcome:
         # After the fork, as processes in which CUDA has begun cannot be forked.

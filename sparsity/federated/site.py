@@ -1,6 +1,7 @@
 """Site: where clients train, one after the other, in one model for the life of a process."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
@@ -20,6 +21,12 @@ from sparsity.sensitivity import Sensitivity
 from sparsity.sparsifier import Sparsifier
 from sparsity.targets import clean
 
+STEPS = ("backward", "configure_gradient_clipping", "lr_scheduler_step", "optimizer_step", "optimizer_zero_grad")
+HOOKS = (
+    "on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad", "on_fit_start",
+    "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end",
+    "on_train_end", "on_fit_end",
+)  # fmt: skip
 PLAIN = (bool, int, float, str, tuple, type(None))  # what nobody can write to
 
 
@@ -38,13 +45,15 @@ class Site:
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         scouts = isinstance(sparsifier, Sensitivity)
         self._begun = {name: value.detach().clone() for name, value in model.state_dict().items() if scouts}
-        self.optimizer, self._schedule = _optimizer(model)
+        self.optimizer, self._schedule, self._frequency = _optimizer(model)
         self._groups = self._settings()
+        self.settings = {str(place): dict(group) for place, (group, _) in enumerate(self._groups)}  # to begin with
+        self.stepped = [each for group in self.optimizer.param_groups for each in group["params"]]
         self._scheduled = 0
         self.schedule = None if self._schedule is None else _described(self._schedule)
         if sparsifier is not None:
             self.attach(sparsifier)
-        self.layout = Layout(model, sparsifier.masks if sparsifier else _matrices(model))
+        self.layout = Layout(model, sparsifier.masks if sparsifier else _matrices(model), self.stepped)
         shared = {id(each) for each in self.layout.tensors.values()}
         self._own = [(buffer, value) for buffer, value in buffers if id(buffer) not in shared]
         self._everything = torch.ones(self.layout.masked, dtype=torch.bool)
@@ -65,8 +74,8 @@ class Site:
         sparsifier.attach(self.model, self.optimizer, horizon=Horizon(self.rounds, 1), seed=self.seed)
 
     def reach(self, number: int) -> None:
-        """A round begins: the schedule has taken as many steps as there were rounds before."""
-        while self._schedule is not None and self._scheduled < number:
+        """A round begins: the schedule has taken a step for each round before, or for every few, its `frequency`."""
+        while self._schedule is not None and self._scheduled < number // self._frequency:
             try:
                 self._step_schedule()
             except Exception as error:
@@ -81,10 +90,14 @@ class Site:
             self.sparsifier.scaling.whole()
         self._restore_groups()
         self.optimizer.state.clear()
-        for parameter in self._parameters:
-            parameter.grad = None
+        self.clear()
         self._restore_own()
         self._restore_modes()
+
+    def clear(self) -> None:
+        """No parameter has a gradient, those that the optimizer does not hold included."""
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def loss(self, batch: Any, number: int) -> Tensor | None:
         """The loss of `training_step`, None where it skips the batch."""
@@ -93,17 +106,20 @@ class Site:
         return loss
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[Any], stage: str) -> dict[str, float]:
-        """What `validation_step` or `test_step`, and the hooks around them, log over all batches."""
+    def evaluate(self, loaders: list[Iterator[Any]], stage: str) -> dict[str, float]:
+        """What `validation_step` or `test_step`, and the hooks around them, log over the batches of all loaders."""
         seed_all(self.seed)
         self._restore_own()
         name = "test" if stage == "test" else "validation"
         self.model.eval()
         with self.log:
             getattr(self.model, f"on_{name}_epoch_start")()
-            for number, batch in enumerate(batches):
-                self.log.size = batch_size(batch)
-                _call(getattr(self.model, f"{name}_step"), batch, number)
+            for place, batches in enumerate(loaders):
+                self.log.loader = place if len(loaders) > 1 else None
+                for number, batch in enumerate(batches):
+                    self.log.size = batch_size(batch)
+                    _call(getattr(self.model, f"{name}_step"), batch, number, place)
+            self.log.loader = None
             getattr(self.model, f"on_{name}_epoch_end")()
         self._restore_modes()
         return self.log.results()
@@ -158,14 +174,23 @@ class Site:
 
 
 def _check(model: Any) -> None:
+    name = type(model).__name__
     if not getattr(model, "automatic_optimization", True):
-        raise InputError(f"{type(model).__name__} optimizes by hand: clients need automatic_optimization")
+        raise InputError(f"{name} optimizes by hand: clients need automatic_optimization")
+    own = [hook for hook in STEPS if defines(model, hook)]
+    if own:
+        raise InputError(
+            f"clients take steps of their own, which would leave out {name}'s {', '.join(own)}: do without"
+        )
+    silent = [hook for hook in HOOKS if defines(model, hook)]
+    if silent:
+        warnings.warn(f"clients have no trainer: {name}'s {', '.join(silent)} will not be called", stacklevel=2)
     if defines(model, "setup"):
         model.setup("fit")
-    if next(model.parameters(), None) is None:
+    if defines(model, "configure_model"):
         model.configure_model()
     if next(model.parameters(), None) is None:
-        raise InputError(f"{type(model).__name__} has no parameters: there is nothing to train")
+        raise InputError(f"{name} has no parameters: there is nothing to train")
 
 
 def _matrices(model: Any) -> list[str]:
@@ -173,8 +198,8 @@ def _matrices(model: Any) -> list[str]:
     return [clean(name) for name, weight in model.named_parameters() if weight.ndim > 1]
 
 
-def _optimizer(model: Any) -> tuple[Optimizer, Any]:
-    """What `configure_optimizers` gives: one optimizer, and a schedule or None."""
+def _optimizer(model: Any) -> tuple[Optimizer, Any, int]:
+    """What `configure_optimizers` gives: an optimizer, a schedule or None, and for how many rounds it takes a step."""
     try:
         found = model.configure_optimizers()
     except RuntimeError as error:
@@ -191,11 +216,21 @@ def _optimizer(model: Any) -> tuple[Optimizer, Any]:
         found = found["optimizer"]
     if not isinstance(found, Optimizer):
         raise InputError(f"configure_optimizers of {type(model).__name__} was to give an optimizer, got {found!r}")
-    schedule = schedules[0] if schedules else None
-    schedule = schedule["scheduler"] if isinstance(schedule, dict) else schedule
-    if isinstance(schedule, ReduceLROnPlateau):
+    if len(schedules) > 1:
+        raise InputError(
+            f"clients have one schedule, {type(model).__name__} configures {len(schedules)}: chain them, by "
+            "SequentialLR or ChainedScheduler"
+        )
+    [schedule] = schedules or [None]
+    about = schedule if isinstance(schedule, dict) else {"scheduler": schedule}
+    if isinstance(about["scheduler"], ReduceLROnPlateau):
         raise InputError("ReduceLROnPlateau waits for a metric, which no round gives it: take a schedule of rounds")
-    return found, schedule
+    if about.get("interval", "epoch") != "epoch":
+        raise InputError(
+            f"interval={about['interval']!r} of the schedule counts steps of one training, and clients begin anew in "
+            'each round: leave it out, or take "epoch", and let the schedule count rounds'
+        )
+    return found, about["scheduler"], about.get("frequency", 1)
 
 
 def _described(schedule: Any) -> dict[str, Any]:
@@ -204,17 +239,18 @@ def _described(schedule: Any) -> dict[str, Any]:
     return {"class": type(schedule).__name__, **numbers}
 
 
-def _call(step: Callable[..., Any], batch: Any, number: int) -> Any:
-    """A step of a Lightning module, which may or may not take the number of the batch."""
-    return step(batch, number) if _takes_number(step) else step(batch)
+def _call(step: Callable[..., Any], batch: Any, *numbers: int) -> Any:
+    """A step of a Lightning module, which may or may not take the numbers of the batch and of its loader."""
+    return step(batch, *numbers[: _numbers_of(step)])
 
 
-def _takes_number(step: Callable[..., Any]) -> bool:
+def _numbers_of(step: Callable[..., Any]) -> int:
     function = getattr(step, "__func__", step)
     if function not in _NUMBERED:
         parameters = inspect.signature(step).parameters
-        _NUMBERED[function] = "batch_idx" in parameters or len(parameters) > 1
+        loader = "dataloader_idx" in parameters
+        _NUMBERED[function] = 2 if loader else int("batch_idx" in parameters or len(parameters) > 1)
     return _NUMBERED[function]
 
 
-_NUMBERED: dict[Any, bool] = {}
+_NUMBERED: dict[Any, int] = {}

@@ -1,6 +1,7 @@
 """Source: the samples of all clients, by index, and what a model is measured on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import (
 
 from sparsity.errors import InputError
 
+TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 
 
@@ -24,11 +26,13 @@ class Source:
     """A Lightning data module's training samples by index, and its validation and test batches.
 
     Batches are made as its own loader makes them, of its size and by its collate function, a short last one only where
-    it keeps those; they go through its hooks for the transfer to a device. Its `trainer` is a stand-in, which says
-    whether it is `training`.
+    it keeps those; they go through its hooks for the transfer to a device, or, as in Lightning, through those that only
+    the model defines. Its `trainer` is a stand-in, which says whether it is `training`.
     """
 
-    def __init__(self, data: Any, device: torch.device) -> None:
+    def __init__(self, data: Any, device: torch.device, model: Any = None) -> None:
+        if not all(callable(getattr(data, name, None)) for name in ("prepare_data", "setup", "train_dataloader")):
+            raise InputError(f"clients share a LightningDataModule, got {type(data).__name__}: put loaders into one")
         data.prepare_data()
         data.setup("fit")
         self.data, self.device, self._tests = data, device, False
@@ -45,6 +49,8 @@ class Source:
         self.dataset = samples_of(loader)
         self.batch_size: int = size
         self._collate, self._whole = loader.collate_fn, loader.drop_last
+        owners = [model if defines(model, name) and not defines(data, name) else data for name in TRANSFERS]
+        self._before, self._move, self._after = map(getattr, owners, TRANSFERS)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -71,15 +77,16 @@ class Source:
                 return
             yield self._moved(self._collate(self._samples(part)), "training" if training else "validating")
 
-    def evaluation(self, stage: str) -> Iterator[Any]:
-        """The batches of the "validation" or the "test" split."""
+    def evaluation(self, stage: str) -> list[Iterator[Any]]:
+        """The batches of each loader of the "validation" or the "test" split."""
         if stage == "test" and not self._tests:
             self.data.setup("test")
             self._tests = True
-        loaders = self.data.test_dataloader() if stage == "test" else self.data.val_dataloader()
-        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-            for batch in loader:
-                yield self._moved(batch, "testing" if stage == "test" else "validating")
+        found = self.data.test_dataloader() if stage == "test" else self.data.val_dataloader()
+        loaders = list(found.values()) if isinstance(found, Mapping) else found
+        several = loaders if isinstance(loaders, list | tuple) else [] if loaders is None else [loaders]
+        name = "testing" if stage == "test" else "validating"
+        return [map(partial(self._moved, stage=name), loader) for loader in several]
 
     def _samples(self, places: list[int]) -> Any:
         at_once = getattr(self.dataset, "__getitems__", None)
@@ -88,10 +95,10 @@ class Source:
     def _moved(self, batch: Any, stage: str) -> Any:
         if not getattr(self._stage, stage):
             vars(self._stage).update({each: each == stage for each in vars(self._stage)})
-        batch = self.data.on_before_batch_transfer(batch, 0)
+        batch = self._before(batch, 0)
         if self.device.type != "cpu":
-            batch = self.data.transfer_batch_to_device(batch, self.device, 0)
-        return self.data.on_after_batch_transfer(batch, 0)
+            batch = self._move(batch, self.device, 0)
+        return self._after(batch, 0)
 
 
 def samples_of(loader: Any) -> Any:
@@ -113,6 +120,6 @@ def samples_of(loader: Any) -> Any:
 
 
 def defines(thing: Any, name: str) -> bool:
-    """Whether a class of the user's own defines a hook, which Lightning's bases define to do nothing."""
+    """Whether a class of the user's own, or the object itself, has a hook, which in Lightning's bases does nothing."""
     own = (each for each in type(thing).__mro__ if each.__module__.partition(".")[0] not in LIGHTNING)
-    return any(name in vars(each) for each in own)
+    return name in getattr(thing, "__dict__", ()) or any(name in vars(each) for each in own)

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import torch
 
-from sparsity.federated.exact import EVERY, LARGEST, Exact
+from sparsity.federated.exact import EVERY, LARGEST, Exact, Wide
 
 
 def values(count: int, size: int = 50) -> torch.Tensor:
@@ -59,3 +59,20 @@ def test_many_addends_do_not_overflow() -> None:
     for _ in range(3 * EVERY):
         found.add(torch.tensor([LARGEST / 2, -1 - 2.0**-30], dtype=torch.float64))
     assert found.value().tolist() == [LARGEST / 2 * 3 * EVERY, (-1 - 2.0**-30) * 3 * EVERY]
+
+
+def test_what_is_small_is_not_lost_beside_what_is_large() -> None:
+    generator = torch.Generator().manual_seed(5)
+    rows = 10.0 ** torch.randint(-24, 9, (300, 40), generator=generator) * torch.randn(300, 40, generator=generator)
+    rows = rows.float().abs()
+    order, found = torch.randperm(300, generator=generator), [Wide(40), Wide(40)]
+    for place in range(300):
+        found[0].add(rows[place])
+        found[1].add(rows[order[place]])
+    assert torch.equal(found[0].value(), found[1].value())
+    for column in (0, 7, 39):
+        exact = sum((Fraction(value) for value in rows[:, column].tolist()), Fraction(0))
+        assert abs(Fraction(float(found[0].value()[column])) - exact) <= exact * Fraction(2) ** -50
+    tiny = Wide(3)
+    tiny.add(torch.tensor([1e-20, 3e-25, 0.0]))
+    torch.testing.assert_close(tiny.value(), torch.tensor([1e-20, 3e-25, 0.0]).double(), rtol=1e-4, atol=0.0)

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from callbacks import FLASH, FedSGC, PruneFL, StaticMask
+from callbacks import FLASH, GMP, LAMP, SET, FedDST, FedSGC, PruneFL, RigL, StaticMask
 from sparsity import InputError
 from sparsity.congruent import Congruity
+from sparsity.distributions import Uniform
 from sparsity.federated import (
     IID,
     SCAFFOLD,
@@ -37,6 +38,7 @@ from sparsity.federated.server import Update
 from sparsity.federated.site import Site
 from sparsity.federated.state import load
 from sparsity.federated.tolerance import refuse
+from sparsity.schedules import CosineDrop, Cubic
 from tests.federated.small import Model, Points, drops, model
 
 ROOT = Path(__file__).parents[2]
@@ -265,7 +267,7 @@ def test_a_worker_that_dies_ends_the_run_and_loses_no_round(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"partition": Pathological(2)}, "with {'partition'"),
-    ({"method": StaticMask(0.5)}, "'method'.*'sparsity'"),
+    ({"method": StaticMask(0.5)}, r"'method\.class'.*'method\.sparsity'"),
     ({"server": FedAvgM()}, "with {'server.class': 'FedAvg', 'server.momentum': None}, this one has"),
     ({"rounds": 9}, "with {'rounds': 2}"),
     ({"tolerance": Tolerance(clip=2.0)}, "with {'tolerance.clip': None}, this one has {'tolerance.clip': 2.0}"),
@@ -274,6 +276,40 @@ def test_another_federation_does_not_go_on(change: dict[str, Any], message: str,
     run(model(), 2, folder=tmp_path)
     with pytest.raises(InputError, match=message):
         run(model(), **{"rounds": 2, "resume": tmp_path, **change})
+
+
+class Parted(Model):
+    """Its last layer has a rate of its own."""
+
+    rate_of_last = 0.1
+
+    def configure_optimizers(self) -> Any:
+        last = [*self.last.parameters()]
+        others = [each for each in self.parameters() if not any(each is mine for mine in last)]
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": last, "lr": self.rate_of_last}]
+        return torch.optim.SGD(groups, 0.1)
+
+
+@pytest.mark.parametrize(("one", "other", "message"), [
+    (RigL(0.6, drops()), SET(0.6, drops()), "'method.grow.class': 'Gradient'"),
+    (GMP(0.6, Cubic(0.1, 0.8, 1)), LAMP(0.6, Cubic(0.1, 0.8, 1)), "'method.distribution.class'|'method.score.class'"),
+    (FedDST(0.6, drops()), FedDST(0.6, drops(), Uniform()), "'method.first.class': 'ERK'"),
+    (FLASH(0.6, 0.4, 2), FLASH(0.6, 1.0, 2), "'method.scouts': 0.4"),
+    (PruneFL(0.6, drops()), PruneFL(0.6, drops(), times={"first.weight": 2.0}), "'method.times.first.weight': 2.0"),
+    (FedDST(0.6, drops()), FedDST(0.6, CosineDrop(0.3, 2, 0.9)), "'method.drops.initial': 0.4"),
+])  # fmt: skip
+def test_another_method_does_not_go_on(one: Any, other: Any, message: str, tmp_path: Path) -> None:
+    run(model(momentum=0.9), 5, folder=tmp_path, method=one)
+    with pytest.raises(InputError, match=message):
+        run(model(momentum=0.9), 5, resume=tmp_path, method=other)
+
+
+def test_another_rate_of_a_group_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(Parted(), 2, folder=tmp_path)
+    assert run(Parted(), 2, resume=tmp_path).state.round == 2
+    monkeypatch.setattr(Parted, "rate_of_last", 0.2)
+    with pytest.raises(InputError, match=r"'optimizer\.1\.lr': 0\.1"):
+        run(Parted(), 2, resume=tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing", None])

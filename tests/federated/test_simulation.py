@@ -236,6 +236,9 @@ def test_scouts_decide_how_dense_layers_are_and_their_masks_stay() -> None:
     about = outcome.state.scouting
     assert len(about["clients"]) == 3
     assert about["failures"] == []
+    assert about["bytes_down"] > 3 * 4 * len(outcome.state.values), "dense weights"
+    assert 3 * 100 < about["bytes_up"] < 3 * 1000, "a number for each layer"
+    assert run(FLASH(0.6, 0.4, 3), model(momentum=0.9), workers=2).state.scouting == about
     found = masks.counts(method.sparsifier.masks)
     for name, density in about["densities"].items():
         assert abs(found[name] - density * method.sparsifier.masks[name].numel()) < 1
@@ -423,7 +426,8 @@ def test_data_and_steps_as_people_write_them() -> None:
         assert data.trainer is None
         assert not any(row["failures"] for row in found[-1].rows), "21 samples in batches of 4 leave one"
     assert same(*found)
-    assert found[0].metrics["val/largest"] == 15
+    loaders = [f"val/largest/dataloader_idx_{place}" for place in (0, 1)]
+    assert [found[0].metrics[name] for name in loaders] == [2, 12], "as Lightning calls them"
     assert found[0].metrics["val/ended"] == 1
 
 
@@ -480,11 +484,18 @@ def test_frozen_layers_keep_their_masks() -> None:
     assert not torch.equal(found["middle.weight"], before.masks["middle.weight"])
 
 
-def test_controls_are_zero_where_weights_are_pruned() -> None:
-    outcome = run(FedSGC(0.6, Congruity(0.5), drops(1)), rounds=8, server=SCAFFOLD())
-    control, mask = outcome.state.controls[-1], outcome.state.mask
-    assert control[: len(mask)][mask].any()
-    assert not control[: len(mask)][~mask].any()
+def test_controls_are_sent_of_kept_weights_and_kept_as_precisely_as_they_are_sent() -> None:
+    method, net = FedSGC(0.6, Congruity(0.5), drops(1)), model()
+    outcome = run(method, net, rounds=8, server=SCAFFOLD())
+    site = Site(net, method.sparsifier, 9, 3)
+    server = Coordinator(site, Source(Points(), torch.device("cpu")), federation(9), Protocol(server=SCAFFOLD()), 3)
+    server.state = outcome.state
+    _, task = server.outgoing(server.chosen()[0])
+    assert task.controls is not None
+    for control in task.controls:
+        assert control[: len(task.mask)][task.mask].any()
+        assert not control[: len(task.mask)][~task.mask].any()
+    site.close()
     assert all(each.dtype == torch.float32 for client, each in outcome.state.controls.items() if client >= 0)
 
 
@@ -575,6 +586,12 @@ class Stream(Points):
     (lambda: Running(0), "workers=0 and evaluate_every=1 of at least 1"),
     (lambda: Running(device="gpu"), "expected a device such as 'cuda', 'cuda:1' or 'cpu', got device='gpu'"),
     (lambda: Running(device="cuda:64"), r"device='cuda:64' is not there: torch finds \d GPUs"),
+    (lambda: run(tolerance=Tolerance(quorum=5)), "quorum=5 of per_round=4 clients can never answer"),
+    (lambda: run(StaticMask), "a method is a callback, such as FedSGC"),
+    (lambda: run(seed=-1), "expected seed=-1 of at least 0"),
+    (lambda: simulate(model(), None), "clients share a LightningDataModule, got NoneType"),
+    (lambda: run(None, server=FedLAW()), "FedLAW cannot learn by the 5 samples of the server, in batches of 4"),
+    (lambda: run(PruneFL(0.6, drops(), times={"first": 2.0})), r"times of \['first'\], which are no targets"),
     (lambda: Running(resume="nowhere"), "there is no federation.ckpt in 'nowhere'"),
     (lambda: FedLAW(0), r"share=0 in \(0, 1\)"),
     (lambda: simulate(model(), Points(), None, Federation(200), Protocol(server=FedLAW(0.9))), "leaves a client none"),

@@ -8,10 +8,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, StepLR
 
-from callbacks import FedDST, StaticMask
+from callbacks import FedDST, PruneFL, RigL, StaticMask
 from sparsity import InputError, Targets
-from sparsity.federated import IID, Federation, Local, Outcome, Protocol, Running, simulate
+from sparsity.federated import IID, SCAFFOLD, Federation, FedLAW, Local, Outcome, Protocol, Running, simulate
+from sparsity.federated.site import Site
 from tests.federated.small import Model, Points, drops, model
 
 
@@ -240,3 +242,148 @@ def test_masks_move_by_the_mean_gradient_of_so_many_batches(count: int, monkeypa
     nn.functional.cross_entropy(by_hand(points.double()), labels).backward()  # type: ignore[no-untyped-call]  # torch's
     assert by_hand.first.weight.grad is not None
     torch.testing.assert_close(found, by_hand.first.weight.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+class Partly(Model):
+    """Trains its last layer only; the others' gradients are large, and nobody's."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.last.parameters(), 0.1)
+
+
+def test_what_no_optimizer_holds_neither_shortens_steps_nor_moves_masks() -> None:
+    whole, frozen = seeded(Partly, norm=False), seeded(Partly, norm=False)
+    for name, each in frozen.named_parameters():
+        each.requires_grad_(name.startswith("last"))
+    found = [
+        simulate(net, Points(), None, Federation(5, 5, 2, IID()), Protocol(Local(2, clip=0.2)), seed=1)
+        for net in (whole, frozen)
+    ]
+    torch.testing.assert_close(*(each.state.values for each in found))
+    for method in (FedDST(0.5, drops(1)), PruneFL(0.5, drops(1)), RigL(0.5, drops(1))):
+        first = type(method)(0.5, drops(1)).sparsifier
+        Site(seeded(Partly, norm=False), first, 3, 1).close()
+        run(seeded(Partly, norm=False), method)
+        moved = [name for name, mask in method.sparsifier.masks.items() if not torch.equal(mask, first.masks[name])]
+        assert moved in ([], ["last.weight"])
+
+
+def test_learned_weights_of_clients_leave_what_is_frozen_alone() -> None:
+    net = seeded(Model, norm=False)
+    net.first.requires_grad_(False)
+    before = net.first.weight.clone()
+    simulate(net, Points(), None, Federation(5, 5, 3, IID()), Protocol(Local(1), FedLAW(0.1, 20)), seed=1)
+    assert torch.equal(net.first.weight, before)
+
+
+def test_learned_weights_of_clients_do_not_depend_on_the_number_of_workers() -> None:
+    found = [
+        simulate(
+            seeded(Lowest, norm=False), Points(), None, Federation(5, 5, 3, IID()),
+            Protocol(Local(2), FedLAW(0.1, 5)), Running(workers), seed=1,
+        ).state.values
+        for workers in (1, 2)
+    ]  # fmt: skip
+    assert torch.equal(*found)
+
+
+class Scheduled(Model):
+    """Its schedule is what a test wants."""
+
+    made: Any = None
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        found = type(self).made(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": found} if isinstance(found, dict) else ([optimizer], found)
+
+
+def test_a_schedule_may_step_every_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduled, "made", lambda opt: {"scheduler": StepLR(opt, 1, 0.1), "frequency": 2})
+    site = Site(seeded(Scheduled), None, 6, 1)
+    rates = []
+    for number in range(6):
+        site.reach(number)
+        rates.append(site.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+@pytest.mark.parametrize(("made", "message"), [
+    (lambda optimizer: [StepLR(optimizer, 1), StepLR(optimizer, 2)], "configures 2: chain them"),
+    (lambda optimizer: {"scheduler": StepLR(optimizer, 1), "interval": "step"}, "interval='step' of the schedule"),
+])  # fmt: skip
+def test_schedules_that_would_be_ignored_are_refused(made: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduled, "made", made)
+    with pytest.raises(InputError, match=message):
+        run(seeded(Scheduled))
+
+
+class Stepping(Model):
+    def optimizer_step(self, *args: Any, **settings: Any) -> None:
+        raise AssertionError
+
+
+class Noting(Model):
+    """Has hooks for batches, and one that needs a trainer."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [2 * batch[0], batch[1]]
+
+    def on_train_epoch_end(self) -> None:
+        raise AssertionError
+
+
+class Doubled(Points):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [2 * batch[0], batch[1]]
+
+
+def test_hooks_that_change_steps_are_refused_and_others_named() -> None:
+    with pytest.raises(InputError, match="would leave out Stepping's optimizer_step"):
+        run(seeded(Stepping))
+    with pytest.warns(UserWarning, match="Noting's on_train_epoch_end will not be called"):
+        found = run(seeded(Noting, norm=False))
+    by_data = run(seeded(Model, norm=False), data=Doubled())
+    assert torch.equal(found.state.values, by_data.state.values), "the model's hooks for batches are called"
+    assert found.metrics == by_data.metrics
+
+
+class Configured(Model):
+    """Makes its last layer when Lightning asks for it."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.made = False
+
+    def configure_model(self) -> None:
+        if not self.made:
+            self.last, self.made = nn.Linear(12, 3), True
+
+
+def test_a_model_is_configured_though_it_has_parameters() -> None:
+    net = seeded(Configured)
+    run(net)
+    assert isinstance(net, Configured)
+    assert net.made
+
+
+def test_the_weight_of_controls_that_a_client_forgets_leaves_the_servers() -> None:
+    method = FedDST(0.5, drops(1))
+    net = seeded(Model, norm=False)
+    outcome = simulate(net, Points(), method, Federation(8, 3, 8, IID()), Protocol(Local(2), SCAFFOLD()), seed=1)
+    controls = outcome.state.controls
+    mean = sum(each.double() for client, each in controls.items() if client >= 0) / 8
+    torch.testing.assert_close(controls[-1], mean, rtol=1e-5, atol=1e-7)
+
+
+class Pausing(Scheduled):
+    made = staticmethod(lambda opt: [LambdaLR(opt, lambda r: float(r < 3))])
+
+
+def test_controls_stay_where_no_step_was_taken() -> None:
+    norms = list[float]()
+    for rounds in (3, 4):
+        federation, protocol = Federation(5, 5, rounds, IID()), Protocol(Local(2), SCAFFOLD())
+        outcome = simulate(seeded(Pausing, norm=False), Points(), None, federation, protocol, seed=1)
+        norms.append(float(outcome.state.controls[-1].norm()))
+    assert norms[0] == norms[1] > 0

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -96,3 +97,65 @@ def test_labels_that_are_no_classes_are_refused(targets: Any) -> None:
 def test_ids_may_be_a_tensor(kind: Any) -> None:
     parts = ById(kind([7, 3, 7, 3, 3]))(torch.zeros(5), 2)
     assert [part.tolist() for part in parts] == [[1, 3, 4], [0, 2]]
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")  # which Lightning sets
+def test_a_data_module_of_datasets_is_measured_on() -> None:
+    points = Points()
+    train, val, test = (
+        TensorDataset(points.points[a:b], points.labels[a:b]) for a, b in ((0, 240), (240, 300), (300, 360))
+    )
+    torch.manual_seed(1)
+    data = pl.LightningDataModule.from_datasets(train, val, test, batch_size=4)
+    found = simulate(model(), data, None, Federation(6, 6, 1, IID()), Protocol(Local(1)), seed=1)
+    by_hand = simulate(model(), Points(), None, Federation(6, 6, 1, IID()), Protocol(Local(1)), seed=1)
+    assert found.metrics == by_hand.metrics
+    assert found.metrics.keys() == {"val/acc", "test/acc"}
+
+
+class Several(Points):
+    def __init__(self, loaders: Any) -> None:
+        super().__init__()
+        self.loaders = loaders
+
+    def val_dataloader(self) -> Any:
+        return self.loaders
+
+
+class ByLoader(Model):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:  # type: ignore[override]  # as Lightning allows
+        super().validation_step(batch, batch_idx)
+        self.log("val/loader", float(dataloader_idx), add_dataloader_idx=False)
+        self.log("val/count", float(len(batch[0])), reduce_fx="sum")
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict])
+def test_several_validation_loaders_are_measured_one_by_one(kind: Any) -> None:
+    points = Points()
+    loaders = [points._loader(240, 250), points._loader(250, 300)]
+    given = dict(zip("ab", loaders, strict=True)) if kind is dict else kind(loaders)
+    torch.manual_seed(0)
+    found = simulate(ByLoader(), Several(given), None, Federation(6, 6, 1, IID()), Protocol(Local(1)), seed=1).metrics
+    accuracy, counts = ([found[f"val/{name}/dataloader_idx_{place}"] for place in (0, 1)] for name in ("acc", "count"))
+    assert counts == [10, 50]
+    whole = simulate(model(), Points(), None, Federation(6, 6, 1, IID()), Protocol(Local(1)), seed=1).metrics
+    assert (10 * accuracy[0] + 50 * accuracy[1]) / 60 == pytest.approx(whole["val/acc"])
+    assert found["val/loader"] == pytest.approx(50 / 60)
+
+
+def test_no_validation_loader_is_no_validation() -> None:
+    found = simulate(model(), Several(None), None, Federation(6, 6, 1, IID()), Protocol(Local(1)), seed=1)
+    assert found.metrics.keys() == {"test/acc"}
+
+
+class Pairs(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, place: int) -> Any:
+        return {"x": torch.zeros(6), "y": place % 3}
+
+
+def test_labels_that_cannot_be_found_are_asked_for() -> None:
+    with pytest.raises(InputError, match=r"looked for in pairs \(input, label\), got dict"):
+        labels_of(Pairs())
