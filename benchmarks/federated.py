@@ -135,7 +135,8 @@ METHODS: Methods = {
 
 DRAWN = (  # as many lines as can be told apart
     "FedAvg", "static", "FedDST", "FedSGC, 0.4", "static, scaled, even", "FedDST, scaled, even",
-    "FedSGC, 0.4, scaled, even",
+    "FedSGC, 0.4, scaled, even", "static, scaled, ER", "FedDST, scaled, ER, seldom, nine",
+    "FedSGC, 0.4, scaled, ER, seldom, nine",
 )  # fmt: skip
 
 

@@ -78,5 +78,5 @@ def figure(runs: dict[str, Sequence[Row]]) -> "Figure":
     for axes in (by_round, by_bytes):
         axes.spines[["top", "right"]].set_visible(False)
     if len(runs) > 1:
-        by_bytes.legend(frameon=False)
+        by_round.legend(frameon=False, loc="lower right")  # below curves that rise
     return picture
