@@ -150,7 +150,8 @@ class SparseTrainer(Trainer):
             resume = str(newest(Path(self.default_root_dir), simulation.FILE).parent)
         folder = Path(self.log_dir or self.default_root_dir)
         device = self.strategy.root_device
-        running = Running(workers, evaluate_every, folder, resume, device if workers == 1 else device.type)
+        devices = [torch.device("cuda", number) for number in self.device_ids] if device.type == "cuda" else [device]
+        running = Running(workers, evaluate_every, folder, resume, devices)
         progress = Progress(self, federation.rounds)
         if engine == "flower":
             from sparsity.federated.flower import simulate
@@ -187,7 +188,8 @@ class SparseTrainer(Trainer):
             )
         if self.gradient_clip_val is not None:
             raise InputError("clients clip by protocol.local.clip: set that, not trainer.gradient_clip_val")
-        if self.num_devices * self.num_nodes != 1:
+        gpus = self.strategy.root_device.type == "cuda"  # which workers take in turn
+        if self.num_nodes != 1 or (self.num_devices != 1 and not gpus):
             raise InputError("a federation runs in processes of its own: set workers, not trainer.devices or num_nodes")
         harmless = (ProgressBar, ModelSummary, Checkpoint, LearningRateMonitor, SaveConfigCallback)
         given = self.callbacks  # type: ignore[attr-defined]  # set by a connector

@@ -107,7 +107,8 @@ def refuse_shared_memory(model: nn.Module, targets: Iterable[str], optimizers: I
     Each would have a gradient and a state of its own, and a step of the second would undo the zeros of the first.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    stepped, wanted = {id(each) for group in groups for each in group["params"]}, set(targets)
+    stepped = {id(each) for group in groups for each in group["params"] if each.requires_grad}
+    wanted = set(targets)
     for tied in _tied_groups(model):
         found = {id(weight): name for name, _, weight in reversed(tied) if id(weight) in stepped}
         if tied[0][0] in wanted and len(found) > 1:
@@ -144,7 +145,7 @@ def _tied_groups(model: nn.Module) -> list[list[tuple[str, nn.Module, Parameter]
 
 
 def _storage(weight: Parameter) -> tuple[object, ...]:
-    # An empty or meta tensor has no address of its own, and is tied only to itself.
-    if isinstance(weight, UninitializedParameter) or weight.numel() == 0 or weight.is_meta:
+    # An empty or meta tensor, and one that is spread over processes, has no address, and is tied only to itself.
+    if isinstance(weight, UninitializedParameter) or weight.numel() == 0 or weight.is_meta or not weight.data_ptr():
         return (id(weight),)
     return (weight.device, weight.data_ptr(), weight.shape, weight.stride())

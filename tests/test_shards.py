@@ -36,8 +36,10 @@ def train(model: nn.Module, sparsifier: Sparsifier, optimizer: torch.optim.Optim
 
 def test_a_sharded_model_gets_the_masks_of_the_whole_one(mesh: Any) -> None:
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
-    sharded = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    plain, sharded = (
+        nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4))
+        for _ in range(2)
+    )
     sharded.load_state_dict(plain.state_dict())
     fully_shard(sharded, mesh=mesh)
     found = []
@@ -50,6 +52,7 @@ def test_a_sharded_model_gets_the_masks_of_the_whole_one(mesh: Any) -> None:
             for name, weight in sparsifier.weights().items():
                 assert not shards.whole(weight.detach())[~sparsifier.masks[name]].any()
         assert not any(shards.is_spread(mask) for mask in sparsifier.masks.values())
+        assert list(sparsifier.masks) == ["0.weight", "2.weight", "4.weight", "5.weight"], "also two of the same shape"
         found.append(masks.fingerprint(sparsifier.masks))
     assert shards.is_spread(sharded[0].weight)  # type: ignore[arg-type]  # a Linear's
     assert found[0] == found[1]

@@ -191,6 +191,8 @@ def test_two_parameters_in_one_piece_of_memory_are_not_trained_both() -> None:
     others = [each for each in model.parameters() if each is not b_weight]
     StaticMask(0.5).sparsifier.attach(model, torch.optim.SGD(others, lr=0.1))
     StaticMask(0.5).sparsifier.attach(model)
+    b_weight.requires_grad_(False)
+    StaticMask(0.5).sparsifier.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
     tied = two_linears("parameter")
     StaticMask(0.5).sparsifier.attach(tied, torch.optim.SGD(tied.parameters(), lr=0.1))
 

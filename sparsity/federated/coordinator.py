@@ -13,7 +13,7 @@ from sparsity.errors import InputError
 from sparsity.federated.chance import seed_all
 from sparsity.federated.client import Local, Task, within
 from sparsity.federated.federation import Federation, fingerprint, seed_of
-from sparsity.federated.identity import flat, rule, settings
+from sparsity.federated.identity import flat, plain, rule, settings
 from sparsity.federated.partition import labels_of
 from sparsity.federated.payload import PRECISIONS
 from sparsity.federated.server import FedAvg, Sums, Update, server_step
@@ -79,7 +79,7 @@ class Coordinator:
     def about(self) -> dict[str, Any]:
         """What a saved state has to have been made with."""
         sparsifier, layout, protocol = self.method, self.site.layout, self.protocol
-        optimizer = {"class": type(self.site.optimizer).__name__, **self.site.settings}
+        optimizer = {"class": type(self.site.optimizer).__name__, **plain(self.site.settings)}
         return flat({
             "seed": self.seed, "clients": self.federation.clients, "per_round": self.federation.per_round,
             "rounds": self.federation.rounds, "partition": fingerprint(self.trained), "precision": protocol.precision,

@@ -73,7 +73,7 @@ def _run(count: int, body: Callable[[Crew], Result]) -> Result:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's
         raise InputError(
             f"workers={count} are forked, which a GPU in use rules out: take workers=1, or leave the model on the CPU "
-            "and give a device (Running(device='cuda'))"
+            "and give devices (Running(devices=['cuda:0']))"
         )
     # Forked, they need not pickle the user's model and data.
     context = multiprocessing.get_context("fork")

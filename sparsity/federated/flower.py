@@ -293,8 +293,10 @@ def _train(plan: Plan, sent: ConfigRecord, context: Context) -> ConfigRecord:
         server.site.reach(task.number)
         local, tolerance = plan.protocol.local, plan.protocol.tolerance
         update = client_update(server.site, task, server.source, indices, sent["seed"], local, tolerance.timeout)
-        if controls is not None:
-            mine["before"], mine["control"] = _bytes(before), _bytes(own + update.more["controls"].float())
-        return ConfigRecord({"messages": wire.answer(update, task), "failure": ""})
+        answer = wire.answer(update, task)
+        if controls is not None:  # as the server reads it
+            read = wire.read(answer, task, {name: len(each) for name, each in update.more.items()})
+            mine["before"], mine["control"] = _bytes(before), _bytes(own.float() + read.more["controls"])
+        return ConfigRecord({"messages": answer, "failure": ""})
     except Exception as error:  # it is the server's to say what becomes of the round
         return ConfigRecord({"messages": [], "failure": f"{type(error).__name__}: {error}"})

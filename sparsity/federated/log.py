@@ -21,10 +21,11 @@ class Log:
         self._values: dict[str, list[tuple[float, int]]] = {}
         self._reductions: dict[str, Any] = {}
         self._metrics: dict[str, Any] = {}
+        self._computed: dict[str, float] = {}
         model.log, model.log_dict = self.note, self._note_all  # type: ignore[assignment]  # a Lightning module's
 
     def __enter__(self) -> None:
-        self._open, self._values, self._metrics = True, {}, {}
+        self._open, self._values, self._metrics, self._computed = True, {}, {}, {}
 
     def __exit__(self, *_: object) -> None:
         self._open = False
@@ -42,13 +43,18 @@ class Log:
             self._reductions[name] = settings.get("reduce_fx", "mean")
             self._values.setdefault(name, []).append((float(value), settings.get("batch_size") or self.size))
 
+    def compute(self) -> None:
+        """The metrics so far are those of one loader, and begin anew for the next."""
+        for name, metric in self._metrics.items():
+            self._computed[name] = float(metric.compute())
+            metric.reset()
+        self._metrics = {}
+
     def results(self) -> dict[str, float]:
         """All that has been logged, by name."""
+        self.compute()
         found = {name: self._reduced(self._reductions[name], values) for name, values in self._values.items()}
-        for name, metric in self._metrics.items():
-            found[name] = float(metric.compute())
-            metric.reset()
-        return found
+        return found | self._computed
 
     def close(self) -> None:
         """The module's own `log` is back."""

@@ -1,7 +1,7 @@
 """A simulation: all rounds of a federation on this machine, saved after each, and what came of it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from typing import Protocol as Protocol_
@@ -33,13 +33,13 @@ class Running:
         evaluate_every: rounds from one validation of the global model to the next; the last one is always validated.
         folder: where the state is saved after each round; nowhere if not given.
         resume: the folder of a run to go on from, its own or another.
-        device: where clients train, the model's own if not given; with "cuda" each worker takes a GPU in turn. What
-            they send is added up on the CPU. Flower's actors stay there.
+        devices: where clients train, of which each worker takes one in turn; the model's own if not given. What they
+            send is added up on the CPU. Flower's actors stay there.
     """
 
     def __init__(
         self, workers: int = 1, evaluate_every: int = 1, folder: str | Path | None = None,
-        resume: str | Path | None = None, device: str | torch.device | None = None,
+        resume: str | Path | None = None, devices: Sequence[str | torch.device] = (),
     ) -> None:  # fmt: skip
         if workers < 1 or evaluate_every < 1:
             raise InputError(f"expected {workers=} and {evaluate_every=} of at least 1")
@@ -48,13 +48,11 @@ class Running:
         self.workers, self.evaluate_every = workers, evaluate_every
         self.folder = None if folder is None else Path(folder)
         self.resume = None if resume is None else Path(resume)
-        self.device = None if device is None else _known(device)
+        self.devices = [_known(device) for device in devices]
 
     def device_of(self, rank: int) -> torch.device | None:
-        """Where this worker's clients train."""
-        if self.device is None or self.device.type != "cuda" or self.device.index is not None:
-            return self.device
-        return torch.device("cuda", rank % torch.cuda.device_count())
+        """Where this worker's clients train, None where the model is."""
+        return self.devices[rank % len(self.devices)] if self.devices else None
 
 
 class Outcome:
@@ -108,9 +106,8 @@ def simulate(
 
     def body(member: Crew) -> Outcome:
         # After the fork, as processes in which CUDA has begun cannot be forked.
-        model.to(running.device_of(member.rank))
+        site = Site(model, sparsifier, federation.rounds, seed, running.device_of(member.rank))
         source.device = _device(model)
-        site = Site(model, sparsifier, federation.rounds, seed)
         try:
             return drive(Engine(Coordinator(site, source, federation, protocol, seed), member), running, on_round)
         finally:
@@ -213,10 +210,10 @@ def _known(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"expected a device such as 'cuda', 'cuda:1' or 'cpu', got {device=}") from error
+        raise InputError(f"expected devices such as 'cuda:1' or 'cpu', got '{device}'") from error
     count = torch.cuda.device_count() if found.type == "cuda" else 1
     if (found.index or 0) >= count:
-        raise InputError(f"{device=} is not there: torch finds {count} GPUs")
+        raise InputError(f"there is no device '{device}': torch finds {count} GPUs")
     return found
 
 

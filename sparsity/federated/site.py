@@ -37,8 +37,11 @@ class Site:
     schedule counts rounds: all clients of a round have the same learning rate. The method's steps are rounds too.
     """
 
-    def __init__(self, model: Any, sparsifier: Sparsifier | None, rounds: int, seed: int) -> None:
+    def __init__(
+        self, model: Any, sparsifier: Sparsifier | None, rounds: int, seed: int, device: torch.device | None = None
+    ) -> None:  # fmt: skip
         _check(model)
+        model.to(device)
         self.model, self.sparsifier = model, sparsifier
         self.rounds, self.seed = rounds, seed
         self._modes = {module: module.training for module in model.modules()}
@@ -47,17 +50,17 @@ class Site:
         self._begun = {name: value.detach().clone() for name, value in model.state_dict().items() if scouts}
         self.optimizer, self._schedule, self._frequency = _optimizer(model)
         self._groups = self._settings()
-        self.settings = {str(place): dict(group) for place, (group, _) in enumerate(self._groups)}  # to begin with
+        self.settings = {str(place): _numbers_in(group) for place, group in enumerate(self.optimizer.param_groups)}
         self.stepped = [each for group in self.optimizer.param_groups for each in group["params"]]
         self._scheduled = 0
-        self.schedule = None if self._schedule is None else _described(self._schedule)
+        self.schedule = _described(self._schedule, self._frequency) if self._schedule else None
         if sparsifier is not None:
             self.attach(sparsifier)
         self.layout = Layout(model, sparsifier.masks if sparsifier else _matrices(model), self.stepped)
         shared = {id(each) for each in self.layout.tensors.values()}
         self._own = [(buffer, value) for buffer, value in buffers if id(buffer) not in shared]
         self._everything = torch.ones(self.layout.masked, dtype=torch.bool)
-        self._parameters = list(model.parameters())
+        self._parameters = list({id(each): each for each in (*model.parameters(), *self.stepped)}.values())
         self.log = Log(model)
 
     @property
@@ -119,6 +122,8 @@ class Site:
                 for number, batch in enumerate(batches):
                     self.log.size = batch_size(batch)
                     _call(getattr(self.model, f"{name}_step"), batch, number, place)
+                if len(loaders) > 1:
+                    self.log.compute()
             self.log.loader = None
             getattr(self.model, f"on_{name}_epoch_end")()
         self._restore_modes()
@@ -233,10 +238,16 @@ def _optimizer(model: Any) -> tuple[Optimizer, Any, int]:
     return found, about["scheduler"], about.get("frequency", 1)
 
 
-def _described(schedule: Any) -> dict[str, Any]:
+def _described(schedule: Any, frequency: int) -> dict[str, Any]:
     """A schedule's class and the numbers that it begins with, some of which change with its steps."""
     numbers = {n: value for n, value in vars(schedule).items() if isinstance(value, int | float) and n[0] != "_"}
-    return {"class": type(schedule).__name__, **numbers}
+    return {"class": type(schedule).__name__, "frequency": frequency, **numbers}
+
+
+def _numbers_in(group: dict[str, Any]) -> dict[str, Any]:
+    """What a group of an optimizer says beside its parameters, rates that are tensors as numbers."""
+    found = {name: value for name, value in group.items() if name != "params"}
+    return {n: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for n, v in found.items()}
 
 
 def _call(step: Callable[..., Any], batch: Any, *numbers: int) -> Any:

@@ -1,7 +1,6 @@
 """Source: the samples of all clients, by index, and what a model is measured on."""
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,19 +85,24 @@ class Source:
         loaders = list(found.values()) if isinstance(found, Mapping) else found
         several = loaders if isinstance(loaders, list | tuple) else [] if loaders is None else [loaders]
         name = "testing" if stage == "test" else "validating"
-        return [map(partial(self._moved, stage=name), loader) for loader in several]
+        return [self._read(loader, name, place) for place, loader in enumerate(several)]
+
+    def _read(self, loader: Any, stage: str, place: int) -> Iterator[Any]:
+        # A generator: a loader that begins draws a random number, which is to come after the seed is set.
+        for batch in loader:
+            yield self._moved(batch, stage, place)
 
     def _samples(self, places: list[int]) -> Any:
         at_once = getattr(self.dataset, "__getitems__", None)
         return at_once(places) if at_once else [self.dataset[place] for place in places]
 
-    def _moved(self, batch: Any, stage: str) -> Any:
+    def _moved(self, batch: Any, stage: str, place: int = 0) -> Any:
         if not getattr(self._stage, stage):
             vars(self._stage).update({each: each == stage for each in vars(self._stage)})
-        batch = self._before(batch, 0)
+        batch = self._before(batch, place)
         if self.device.type != "cpu":
-            batch = self._move(batch, self.device, 0)
-        return self._after(batch, 0)
+            batch = self._move(batch, self.device, place)
+        return self._after(batch, place)
 
 
 def samples_of(loader: Any) -> Any:

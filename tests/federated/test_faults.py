@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ from sparsity.federated.server import Update
 from sparsity.federated.site import Site
 from sparsity.federated.state import load
 from sparsity.federated.tolerance import refuse
-from sparsity.schedules import CosineDrop, Cubic
+from sparsity.schedules import CosineDrop, Cubic, Horizon, Schedule
 from tests.federated.small import Model, Points, drops, model
 
 ROOT = Path(__file__).parents[2]
@@ -310,6 +311,30 @@ def test_another_rate_of_a_group_does_not_go_on(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Parted, "rate_of_last", 0.2)
     with pytest.raises(InputError, match=r"'optimizer\.1\.lr': 0\.1"):
         run(Parted(), 2, resume=tmp_path)
+
+
+class Levels(Schedule):
+    """As someone might write it."""
+
+    def __init__(self, levels: dict[int, float]) -> None:
+        self.levels = levels
+
+    def plan(self, sparsity: float, horizon: Horizon) -> dict[int, float]:
+        return dict(self.levels)
+
+
+@pytest.mark.parametrize(("method", "other"), [
+    (lambda: GMP(0.6, Levels({0: 0.2, 1: 0.6})), lambda: GMP(0.6, Levels({0: 0.3, 1: 0.6}))),
+    (
+        lambda: PruneFL(0.6, drops(), times={"first.weight": np.float64(2)}),
+        lambda: PruneFL(0.6, drops(), times={"first.weight": 3.0}),
+    ),
+])  # fmt: skip
+def test_numbers_of_any_kind_are_saved_and_compared(method: Any, other: Any, tmp_path: Path) -> None:
+    run(model(), 5, folder=tmp_path, method=method())
+    assert run(model(), 5, resume=tmp_path, method=method()).state.round == 5
+    with pytest.raises(InputError, match="is of a federation with"):
+        run(model(), 5, resume=tmp_path, method=other())
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing", None])

@@ -53,7 +53,7 @@ def test_a_run_goes_on_with_what_it_began(tmp_path: Path) -> None:
     simulate(model(), Points(), method(), federation, running=Running(folder=tmp_path), seed=3)
     plain = method()
     plain.sparsifier.scaling = None
-    with pytest.raises(InputError, match=r"'scaled': 'both'.*'scaled': None"):
+    with pytest.raises(InputError, match=r"'method\.scaled': 'both'.*'method\.scaled': None"):
         simulate(model(), Points(), plain, federation, running=Running(resume=tmp_path), seed=3)
 
 

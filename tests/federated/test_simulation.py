@@ -140,7 +140,7 @@ def test_the_number_of_workers_changes_nothing(name: str, workers: int) -> None:
 
 def test_workers_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    turns, one = Running(5, device="cuda"), Running(5, device="cuda:1")
+    turns, one = Running(5, devices=["cuda:0", "cuda:1"]), Running(5, devices=["cuda:1"])
     assert [str(turns.device_of(rank)) for rank in range(5)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
     assert {str(one.device_of(rank)) for rank in range(5)} == {"cuda:1"}
     assert {Running(5).device_of(rank) for rank in range(5)} == {None}, "the model's own"
@@ -153,7 +153,7 @@ def test_a_device_is_that_of_every_worker(device: str, tmp_path: Path) -> None:
     code = f"""
 from tests.federated import test_simulation as t
 net = t.model()
-running = t.Running(2, folder={str(tmp_path)!r}, device={device!r})
+running = t.Running(2, folder={str(tmp_path)!r}, devices=[{device!r}])
 t.simulate(net, t.Points(), t.StaticMask(0.6), t.federation(), t.Protocol(t.Local(2)), running, seed=3)
 assert {{each.device.type for each in net.parameters()}} == {{{device!r}}}
 """
@@ -584,8 +584,8 @@ class Stream(Points):
     (lambda: Tolerance(dropout=1), r"dropout=1 in \[0, 1\)"),
     (lambda: Tolerance(clip=0), "clip=0 above 0"),
     (lambda: Running(0), "workers=0 and evaluate_every=1 of at least 1"),
-    (lambda: Running(device="gpu"), "expected a device such as 'cuda', 'cuda:1' or 'cpu', got device='gpu'"),
-    (lambda: Running(device="cuda:64"), r"device='cuda:64' is not there: torch finds \d GPUs"),
+    (lambda: Running(devices=["gpu"]), "expected devices such as 'cuda:1' or 'cpu', got 'gpu'"),
+    (lambda: Running(devices=["cuda:64"]), r"there is no device 'cuda:64': torch finds \d GPUs"),
     (lambda: run(tolerance=Tolerance(quorum=5)), "quorum=5 of per_round=4 clients can never answer"),
     (lambda: run(StaticMask), "a method is a callback, such as FedSGC"),
     (lambda: run(seed=-1), "expected seed=-1 of at least 0"),

@@ -360,6 +360,12 @@ class Configured(Model):
             self.last, self.made = nn.Linear(12, 3), True
 
 
+def test_layers_that_are_made_late_are_on_the_device_too() -> None:
+    net = seeded(Configured, norm=False)
+    Site(net, None, 1, 1, torch.device("meta"))
+    assert {each.device.type for each in net.parameters()} == {"meta"}
+
+
 def test_a_model_is_configured_though_it_has_parameters() -> None:
     net = seeded(Configured)
     run(net)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+import torchmetrics
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -17,9 +18,14 @@ from torch.utils.data import (
 )
 
 from sparsity import InputError
-from sparsity.federated import IID, ById, Dirichlet, Federation, Local, Pathological, Protocol, simulate
+from sparsity.federated import IID, ById, Dirichlet, Federation, Local, Pathological, Protocol, Running, simulate
 from sparsity.federated.partition import labels_of
 from tests.federated.small import Model, Points, model
+
+
+def seeded(kind: type[Model]) -> Model:
+    torch.manual_seed(0)
+    return kind()
 
 
 class Sampled(Points):
@@ -159,3 +165,46 @@ class Pairs(torch.utils.data.Dataset[Any]):
 def test_labels_that_cannot_be_found_are_asked_for() -> None:
     with pytest.raises(InputError, match=r"looked for in pairs \(input, label\), got dict"):
         labels_of(Pairs())
+
+
+class Metered(Model):
+    """Logs a metric's object, which all loaders share."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.meter = torchmetrics.MeanMetric()
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.meter((self(batch[0]).argmax(1) == batch[1]).float().mean(), len(batch[0]))
+        self.log("val/acc", self.meter)
+        self.log("val/plain", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+def test_a_metric_is_computed_for_each_loader() -> None:
+    points = Points()
+    data, net = Several([points._loader(240, 250), points._loader(250, 300)]), seeded(Metered)
+    found = simulate(net, data, None, Federation(6, 6, 1, IID()), Protocol(Local(1)), seed=1).metrics
+    for place in (0, 1):
+        name = f"dataloader_idx_{place}"
+        assert found[f"val/acc/{name}"] == pytest.approx(found[f"val/plain/{name}"])
+
+
+class Random(torch.utils.data.Dataset[Any]):
+    def __init__(self, points: Points) -> None:
+        self.points = points
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, place: int) -> Any:
+        return self.points.points[240 + place] + 3 * torch.randn(6), self.points.labels[240 + place]
+
+
+def test_random_validation_samples_do_not_depend_on_the_number_of_workers() -> None:
+    found = []
+    for workers in (1, 2):
+        data = Several(DataLoader(Random(Points()), 4, num_workers=1))
+        federation = Federation(6, 6, 2, IID())
+        outcome = simulate(seeded(Model), data, None, federation, Protocol(Local(1)), Running(workers), seed=1)
+        found.append([row["metrics"] for row in outcome.rows])
+    assert found[0] == found[1]
