@@ -73,6 +73,17 @@ class Unlucky(Model):
         return loss * float("nan") if float(batch[0][0, 0]) < -2 else loss
 
 
+class Precise(Model):
+    """In float64."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.double())
+
+
 def model(seed: int = 0, **settings: Any) -> Model:
     """Its weights depend on the seed alone."""
     torch.manual_seed(seed)

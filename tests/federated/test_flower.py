@@ -29,7 +29,7 @@ from sparsity.federated import (
 )
 from sparsity.federated import engine as embedded
 from sparsity.federated.client import client_update as ended
-from tests.federated.small import Model, Points, Unlucky, drops, model
+from tests.federated.small import Model, Points, Precise, Unlucky, drops, model
 
 pytest.importorskip("flwr", reason="Flower is an extra: pip install .[federated]")
 from sparsity.federated import flower  # it needs Flower
@@ -43,6 +43,7 @@ CASES: dict[str, Any] = {
     "FedSGC": lambda: (model(norm=False), FedSGC(0.6, Congruity(0.5), drops()), FedAvg(residual=True), None),
     "scaled": lambda: (model(norm=False), FedSGC(0.6, Congruity(0.5), drops()).scaled(), None, None),
     "SCAFFOLD": lambda: (model(norm=False), FedDST(0.6, drops(1)), SCAFFOLD(), Tolerance(dropout=0.2)),
+    "SCAFFOLD, float64": lambda: (Precise(norm=False), FedDST(0.6, drops(1)), SCAFFOLD(), Tolerance(dropout=0.2)),
     "NaN": lambda: (Unlucky(norm=False), None, None, None),
 }  # fmt: skip
 
