@@ -2,20 +2,23 @@
 
     python -m benchmarks.federated mnist --data data/mnist
     python -m benchmarks.federated mnist_long --data data/mnist    # 150 rounds instead of 60
+    python -m benchmarks.federated mnist_falling --data data/mnist    # at a rate that falls from 0.01 to 0
     python -m benchmarks.federated cifar10 --data data/cifar10
     python -m benchmarks.federated cifar10_fast --data data/cifar10       # at a rate of 0.02 instead of 0.01
     python -m benchmarks.federated cifar10_falling --data data/cifar10    # at one that falls from 0.02 to 0
 
 100 clients, 10 of them in a round, two epochs each, plain averages; networks and other settings are those of FedDST's
-code, whose clients train five epochs in 400 rounds. Masks move every fifth round, in the first two thirds. Every run
-has the same clients, rounds and order of batches for its seed. A tenth of the training images is held out: curves are
-of these, every fifth round. The test set is read once, after the last round. Results are kept as they come; a call that
-is repeated runs what is missing.
+code, whose clients train five epochs in 400 rounds. Masks move every fifth round, in the first two thirds, unless a row
+says otherwise. Every run has the same clients, rounds and order of batches for its seed. A tenth of the training images
+is held out: curves are of these, every fifth round. The test set is read once, after the last round. Results are kept
+as they come; a call that is repeated runs what is missing.
 
 Rows with `scaled weights` begin with larger ones (`scaled("weights")`), those called `scaled` have learning rates to
 match, too (`scaled()`), so that a sparse layer learns as fast as a dense one. Those called `even` give all layers
-nearly the same density (`ScaledERK`, FedDST's) where the others have ERK. Where masks move they move a tenth of the
-weights, or 5 or 1 % where a row says so: what FedDST's authors took for MNIST and for CIFAR-10.
+nearly the same density (`ScaledERK`, FedDST's), those called `ER` denser convolutions; the others have ERK. Where masks
+move they move a tenth of the weights, or 5 or 1 % where a row says so: what FedDST's authors took for MNIST and for
+CIFAR-10. `seldom`: three tenths, after each quarter of the rounds. `nine`: weights grow by the gradients of nine
+batches.
 
 With few classes a client, accuracy goes up and down from round to round: `late` is the mean over the measurements of
 the last quarter of the rounds. `FedAvg then` is that of FedAvg over the quarter of its rounds before it had sent as
